@@ -1,0 +1,7 @@
+"""Hold the passes, one a file, grouped by what they do; installed as `graphopt.passes`."""
+
+if __name__ != "graphopt.passes":
+    raise ImportError(
+        f"the folder passes/ is the package 'graphopt.passes', but was imported as '{__name__}'; "
+        "take its parent folder off sys.path, or import graphopt.passes"
+    )
