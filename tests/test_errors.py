@@ -15,7 +15,7 @@ def subclasses(cls: type[errors.GraphOptError]) -> set[type[errors.GraphOptError
 def test_docstring_states_every_class_with_its_exit_code() -> None:
     lines = [line.lstrip("│├└─ ").split() for line in (errors.__doc__ or "").splitlines()]
     stated = {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}
-    defined = [errors.GraphOptError, *subclasses(errors.GraphOptError)]
+    defined: list[type[errors.GraphOptError]] = [errors.GraphOptError, *subclasses(errors.GraphOptError)]
     assert stated == {cls.__name__: cls.exit_code for cls in defined if cls.__module__ == errors.__name__}
 
 

@@ -1,0 +1,1 @@
+"""Test graphopt; the folders mirror the package, `zoo` builds the models."""
