@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import libraries
-from .model import BATCH, Arguments, ZooModel
+from .model import Arguments, ZooModel
 
 __all__ = ["MODELS", "image", "timm_model"]
 
@@ -40,20 +39,21 @@ _SIZES: dict[str, tuple[Size, Size]] = {  # (height, width) in tests, native
 }
 
 
-def image(small: Size, native_size: Size, native: bool, generator: torch.Generator) -> Arguments:
+def image(small: Size, native_size: Size, native: bool, batch: int, generator: torch.Generator) -> Arguments:
     """Draw a batch of normalised images, (n, 3, h, w)."""
     height, width = native_size if native else small
-    return Arguments((torch.randn(BATCH, 3, height, width, generator=generator),), {})
+    return Arguments((torch.randn(batch, 3, height, width, generator=generator),), {})
 
 
 def timm_model(name: str, options: dict[str, Any], native: bool) -> nn.Module:
     """Construct one of timm's models; the options make its small form."""
-    module: nn.Module = libraries.timm().create_model(name, **({} if native else options))
+    import timm
+
+    module: nn.Module = timm.create_model(name, **({} if native else options))
     return module
 
 
 def _shufflenet(native: bool) -> nn.Module:
-    libraries.torchvision()
     from torchvision.models import shufflenet_v2_x1_0
 
     module: nn.Module = shufflenet_v2_x1_0()

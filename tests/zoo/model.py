@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .randomise import randomise
+from tests.torchvision_ops import declare_missing_operators
+
+from .randomise import calibrate, randomise
 
 __all__ = ["Arguments", "ZooModel", "cast", "in_float64", "quiet"]
-
-BATCH = 2
-"""Size of the batch in every example input."""
 
 
 class Arguments(NamedTuple):
@@ -41,31 +40,31 @@ class ZooModel:
     Attributes:
         name: The key in `ZOO`.
         family: Which kind of architecture it is: "convnet", "vision-transformer", "language", "multimodal" or "dense".
-        construct: Makes the module; the argument says whether in its native size. Weights are not used.
-        example: Makes the inputs from a seeded generator; the argument says whether in native size.
-        seed: Seeds the weights; the inputs use the next one.
+        construct: Makes the module; the argument says whether in its native size. Its weights are overwritten.
+        example: Makes the inputs: whether in native size, how many in the batch, and where randomness comes from.
         static_batch: Why `torch.export` cannot keep the batch dynamic, or None where it can.
     """
 
     name: str
     family: str
     construct: Callable[[bool], nn.Module]
-    example: Callable[[bool, torch.Generator], Arguments]
-    seed: int = 0
+    example: Callable[[bool, int, torch.Generator], Arguments]
     static_batch: str | None = None
 
-    def build(self, *, native: bool = False) -> nn.Module:
-        """Build the module with random weights, in eval mode and float32; the same at every call."""
+    def build(self, *, native: bool = False, seed: int = 0) -> nn.Module:
+        """Build the module with random weights, in eval mode and float32; the same whenever the seed is."""
+        declare_missing_operators()
         with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(self.seed)
+            torch.manual_seed(seed)
             with _WithoutRandomInit():
-                module = self.construct(native)
-            randomise(module, self.seed)
-        return module.eval()
+                module = self.construct(native).eval()
+            randomise(module, seed)
+            calibrate(module, *self.inputs(native=native, seed=seed), seed=seed)
+        return module
 
-    def inputs(self, *, native: bool = False) -> Arguments:
-        """Make the example inputs, a batch of two; the same at every call."""
-        return self.example(native, torch.Generator().manual_seed(self.seed + 1))
+    def inputs(self, *, native: bool = False, batch: int = 2, seed: int = 1) -> Arguments:
+        """Make example inputs; the same whenever the seed is."""
+        return self.example(native, batch, torch.Generator().manual_seed(seed))
 
 
 class _WithoutRandomInit(TorchFunctionMode):

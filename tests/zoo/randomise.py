@@ -7,18 +7,14 @@ statistic gets values of a size that shows in the output.
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["randomise"]
+__all__ = ["calibrate", "randomise"]
 
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.RMSNorm,
-)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 _TABLE = re.compile(r"pos|token|table|biases|embed|queries")
 
 
@@ -33,6 +29,8 @@ def randomise(module: nn.Module, seed: int) -> None:
     - scales (of norms, layer scales, gates, temperatures): uniform in [0.5, 1.5];
     - embeddings, position tables, class tokens, queries: normal, 0.5;
     - running means: normal, 0.2; running variances: uniform in [0.5, 1.5].
+
+    Deep networks of batch norms may amplify or lose their input under such statistics; `calibrate` makes them fit.
     """
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
@@ -42,30 +40,66 @@ def randomise(module: nn.Module, seed: int) -> None:
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
                     _fill(owner, name, parameter, generator)
-            for name, buffer in owner.named_buffers(recurse=False):
-                if name == "running_mean":
-                    _normal(buffer, 0.2, generator)
-                elif name == "running_var":
-                    _uniform(buffer, 0.5, 1.5, generator)
+            if _has_statistics(owner):
+                for name, buffer in owner.named_buffers(recurse=False):
+                    _fill(owner, name, buffer, generator)
 
 
-def _fill(owner: nn.Module, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    if _is_norm(owner) and name == "weight":
-        _uniform(parameter, 0.5, 1.5, generator)
+def calibrate(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> None:
+    """Scale each batch norm's running statistics to the mean square of its input, in one forward pass and in place.
+
+    The signal then neither fades nor explodes, however deep the network is. The statistics stay random: normalising
+    each channel by its own mean and variance would make a deep network chaotic, and float32 useless on it.
+    """
+    norms = [owner for owner in module.modules() if _has_statistics(owner)]
+    if not norms:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    done: set[nn.Module] = set()
+
+    def observe(owner: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if owner in done:
+            return
+        done.add(owner)
+        mean, var = owner.get_buffer("running_mean"), owner.get_buffer("running_var")
+        _normal(mean, 0.3, generator)
+        _uniform(var, 0.5, 1.5, generator)
+        mean_square = inputs[0].square().mean() + 1e-6
+        mean.mul_(mean_square.sqrt())
+        var.mul_(mean_square)
+
+    hooks = [owner.register_forward_pre_hook(observe) for owner in norms]
+    try:
+        with torch.no_grad():
+            module(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _has_statistics(owner: nn.Module) -> bool:
+    return isinstance(getattr(owner, "running_var", None), Tensor)
+
+
+def _fill(owner: nn.Module, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    if not tensor.is_floating_point():
+        return  # the count of batches seen
+    if name == "running_var" or (_is_norm(owner) and name == "weight"):
+        _uniform(tensor, 0.5, 1.5, generator)
     elif isinstance(owner, nn.Embedding) or _TABLE.search(name):
-        _normal(parameter, 0.5, generator)
-    elif "bias" in name:
-        _normal(parameter, 0.2, generator)
-    elif name == "A_log":
-        _uniform(parameter, -1.0, 1.0, generator)
-    elif max(parameter.shape, default=1) == parameter.numel():
-        _uniform(parameter, 0.5, 1.5, generator)
+        _normal(tensor, 0.5, generator)
+    elif "bias" in name or name == "running_mean":
+        _normal(tensor, 0.2, generator)
+    elif name == "A_log":  # of Mamba: the logarithm of a decay rate, a matrix though it is a scale
+        _uniform(tensor, -1.0, 1.0, generator)
+    elif max(tensor.shape, default=1) == tensor.numel():
+        _uniform(tensor, 0.5, 1.5, generator)
     else:
-        _normal(parameter, 1 / math.sqrt(_fan_in(owner, parameter)), generator)
+        _normal(tensor, 1 / math.sqrt(_fan_in(owner, tensor)), generator)
 
 
 def _is_norm(owner: nn.Module) -> bool:
-    return isinstance(owner, _NORMS) or type(owner).__name__.endswith("Norm")
+    return isinstance(owner, _NORMS) or type(owner).__name__.endswith("Norm") or _has_statistics(owner)
 
 
 def _fan_in(owner: nn.Module, weight: Tensor) -> float:
