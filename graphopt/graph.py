@@ -1,0 +1,371 @@
+"""Hold one model in the ATen dialect: a ``torch.fx.GraphModule`` and the facts that passes need about it.
+
+What may live here: the graph container, the type of a value (:class:`TensorSpec`), the module class that can
+train, and the reading view of one operator (:class:`Call`). Nothing here knows axes, costs or passes.
+
+Every tensor, list or integer a node produces is described by ``node.meta["spec"]``. It replaces fake tensors:
+it is cheap to rewrite when sizes change, and it needs no shape environment.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, Final, Self
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+
+SPEC: Final = "spec"
+MODE: Final = "train_arguments"
+OWNER: Final = "owner"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Describe a tensor value.
+
+    ``shape`` holds one integer a dimension: its size, or for a dynamic dimension the size it had in the example
+    inputs. ``dynamic`` says which dimensions may change from call to call.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dynamic: tuple[bool, ...]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
+        """Describe a real tensor; all its dimensions are static."""
+        return cls(tuple(tensor.shape), tensor.dtype, (False,) * tensor.dim())
+
+    def resized(self, shape: tuple[int, ...]) -> TensorSpec:
+        """Return the same type with other sizes."""
+        return replace(self, shape=shape)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{n}?" if d else str(n) for n, d in zip(self.shape, self.dynamic, strict=True))
+        return f"{str(self.dtype).removeprefix('torch.')}[{sizes}]"
+
+
+Spec = TensorSpec | int | float | bool | None | tuple["Spec", ...]
+"""What a node yields: a tensor, a symbolic number by its example value, nothing, or several of them."""
+
+
+class TraceModule(fx.GraphModule):
+    """A captured model: runs like any module, and switches between training and evaluation.
+
+    Capture records evaluation mode. A node whose arguments differ in training (batch norm, dropout, attention
+    dropout) carries them in ``node.meta["train_arguments"]`` as ``{argument: (eval value, train value)}``, where the
+    argument is a position or, for keyword arguments, a name; :meth:`train` puts the right ones in place.
+
+    ``meta["counters"]`` maps the name of a batch counter (``num_batches_tracked``) to how often a training call
+    advances it. ``meta["fixed"]`` lists what the graph was specialised to, as :class:`Fixed`; a call that differs
+    is refused, because the graph would compute something else than the original.
+
+    The code is generated at the first call after an edit, not at every edit: a chain of passes pays for it once.
+    Parameters and buffers which the graph does not read are kept, here and in copies.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch every mode-dependent argument; returns self, as ``nn.Module.train`` does."""
+        changed = False
+        for node in self.graph.nodes:
+            for key, values in node.meta.get(MODE, {}).items():
+                wanted = values[1 if mode else 0]
+                if isinstance(key, int):
+                    if node.args[key] != wanted:
+                        node.update_arg(key, wanted)
+                        changed = True
+                elif node.kwargs.get(key) != wanted:
+                    node.update_kwarg(key, wanted)
+                    changed = True
+        if changed:
+            self.recompile()
+        super().train(mode)
+        return self
+
+    def recompile(self) -> None:  # type: ignore[override]  # the code does not exist yet, so there is none to return
+        """Forget the generated code; the next call generates it anew."""
+        cls = type(self)
+        if "forward" in vars(cls):
+            del cls.forward
+        codegen = self._graph._codegen
+        if isinstance(codegen, _PyTreeCodeGen):
+            self._in_spec = codegen.pytree_info.in_spec
+            self._out_spec = codegen.pytree_info.out_spec
+
+    def _compiled(self) -> Self:
+        if "forward" not in vars(type(self)):
+            super().recompile()
+        return self
+
+    @property
+    def forward(self) -> Any:  # type: ignore[override]  # generated on demand, then found on the instance's own class
+        """The generated function."""
+        return vars(type(self._compiled()))["forward"].__get__(self)
+
+    @property
+    def code(self) -> str:
+        """The generated Python text."""
+        return super(TraceModule, self._compiled()).code
+
+    def __str__(self) -> str:
+        return super(TraceModule, self._compiled()).__str__()
+
+    def replica(self, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> TraceModule:
+        """Copy the structure; ``tensor`` says what stands for each tensor (by default, the tensor itself)."""
+        graph = fx.Graph()
+        values: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, values))
+        for old, new in zip(self.graph.nodes, graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+        graph.set_codegen(self.graph._codegen)
+        module = TraceModule(nn.Module(), fx.Graph(), type(self).__name__)
+        _replicate(self, module, tensor)
+        module.graph = graph
+        module.meta = {key: value.copy() if isinstance(value, dict | list) else value for key, value in self.meta.items()}
+        return module
+
+    def __copy__(self) -> TraceModule:
+        return self.replica()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TraceModule:
+        module = self.replica(lambda tensor: copy.deepcopy(tensor, memo))
+        memo[id(self)] = module
+        return module
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a captured model is not pickled: save module.state_dict(), or the whole model with torch.export.save"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument position of an operator's schema."""
+
+    name: str
+    position: int
+    default: Any
+    has_default: bool
+    keyword_only: bool
+
+
+@lru_cache(maxsize=4096)
+def _schema(target: Any) -> dict[str, Argument]:
+    arguments = target._schema.arguments
+    return {
+        a.name: Argument(a.name, i, a.default_value if a.has_default_value() else None, a.has_default_value(), a.kwarg_only)
+        for i, a in enumerate(arguments)
+    }
+
+
+class Call:
+    """Read and edit one operator call by the names of its schema, never by position."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: fx.Node) -> None:
+        """View ``node``, which must call an ATen (or other schema-bearing) operator."""
+        self.node = node
+
+    @property
+    def name(self) -> str:
+        """The operator as ``namespace.name.overload``."""
+        return str(self.node.target)
+
+    def has(self, name: str) -> bool:
+        """Say whether the operator's schema has an argument of this name."""
+        return name in _schema(self.node.target)
+
+    def key(self, name: str) -> int | str:
+        """Return where the argument stands in this call: its position, or its name if it is given (or left) by name."""
+        argument = _schema(self.node.target)[name]
+        return argument.position if not argument.keyword_only and argument.position < len(self.node.args) else name
+
+    def __getitem__(self, name: str) -> Any:
+        argument = _schema(self.node.target)[name]
+        if name in self.node.kwargs:
+            return self.node.kwargs[name]
+        if not argument.keyword_only and argument.position < len(self.node.args):
+            return self.node.args[argument.position]
+        return argument.default
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        argument = _schema(self.node.target)[name]
+        if not argument.keyword_only and argument.position < len(self.node.args):
+            self.node.update_arg(argument.position, value)
+        else:
+            self.node.update_kwarg(name, value)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return the type of a tensor argument."""
+        return tensor_spec(self[name])
+
+    @property
+    def out(self) -> TensorSpec:
+        """The type of the result, for operators that return one tensor."""
+        return tensor_spec(self.node)
+
+
+def spec_of(node: fx.Node) -> Spec:
+    """Return what ``node`` yields."""
+    return node.meta.get(SPEC)
+
+
+def tensor_spec(node: Any) -> TensorSpec:
+    """Return the type of a node that yields one tensor."""
+    spec = node.meta.get(SPEC) if isinstance(node, fx.Node) else None
+    if not isinstance(spec, TensorSpec):
+        raise TypeError(f"{node} does not yield a tensor but {spec}")
+    return spec
+
+
+def hint(value: Any) -> int:
+    """Return the integer behind a size: itself, or the example value of a symbolic one."""
+    if isinstance(value, fx.Node):
+        found = value.meta.get(SPEC)
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise TypeError(f"{value} does not yield an integer but {found}")
+        return found
+    return operator.index(value)
+
+
+@dataclass
+class Graph:
+    """One model in one dialect.
+
+    ``module`` holds the operators as nodes and the tensors under their original fully qualified names (``get_attr``
+    targets). ``example_inputs`` is ``(args, kwargs)``, as the model was called. ``aliases`` maps every further name
+    of a shared tensor to the name the graph uses. ``notes`` are plain sentences about the capture, for the report.
+    """
+
+    module: TraceModule
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    aliases: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> fx.graph._node_list:
+        """The nodes, in execution order."""
+        return self.module.graph.nodes
+
+    def clone(self) -> Graph:
+        """Copy the structure; the tensors are shared, so never edit one in place."""
+        return Graph(self.module.replica(), self.example_inputs, dict(self.aliases), list(self.notes))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return every tensor that the graph reads, by the name the graph uses, in order of first use."""
+        found: dict[str, torch.Tensor] = {}
+        for node in self.nodes:
+            if node.op == "get_attr" and node.target not in found:
+                value = get_attribute(self.module, node.target)
+                if isinstance(value, torch.Tensor):
+                    found[node.target] = value
+        return found
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Return the tensor of that name."""
+        value = get_attribute(self.module, name)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is not a tensor but {type(value).__name__}")
+        return value
+
+    def names(self, canonical: str) -> list[str]:
+        """Return every name of one tensor: the graph's first, then its aliases."""
+        return [canonical, *(alias for alias, name in self.aliases.items() if name == canonical)]
+
+    def set_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        """Put ``tensor`` in place of the tensor of that name, and of all its aliases."""
+        for each in self.names(name):
+            set_tensor(self.module, each, tensor)
+
+    def text(self) -> str:
+        """Print the graph, a line a node, with types: the form golden tests and dumps use."""
+        return "\n".join(_lines(self.module.graph))
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model without gradients."""
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """Follow a dotted name from ``module``."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Register ``tensor`` under a dotted name, as a parameter or a buffer as its type says; makes missing modules."""
+    *path, last = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if isinstance(tensor, nn.Parameter):
+        module._buffers.pop(last, None)
+        module.register_parameter(last, tensor)
+    else:
+        persistent = last not in module._non_persistent_buffers_set
+        module._parameters.pop(last, None)
+        module.__dict__.pop(last, None)
+        module.register_buffer(last, tensor, persistent=persistent)
+
+
+def _replicate(source: nn.Module, target: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    # Writes the dictionaries that register_* would, without their checks: these run a thousand times a copy.
+    def replaced(found: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: None if value is None else tensor(value) for name, value in found.items()}
+
+    target._parameters = replaced(source._parameters)
+    target._buffers = replaced(source._buffers)
+    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+    target.training = source.training
+    for name, child in source._modules.items():
+        if child is None or isinstance(child, fx.GraphModule):
+            target._modules[name] = child
+        else:
+            target._modules[name] = nn.Module()
+            _replicate(child, target._modules[name], tensor)
+
+
+def _lines(graph: fx.Graph) -> Iterator[str]:
+    for node in graph.nodes:
+        if node.op == "output":
+            yield f"return {_format(node.args[0])}"
+            continue
+        target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        if node.op == "call_function":
+            target = str(node.target) if hasattr(node.target, "_schema") else target
+            rest = [_format(a) for a in node.args] + [f"{k}={_format(v)}" for k, v in node.kwargs.items()]
+            target = f"{target}({', '.join(rest)})"
+        elif node.op == "get_attr":
+            target = f"@{target}"
+        else:
+            target = f"{node.op} {target}"
+        yield f"%{node.name}: {_format_spec(spec_of(node))} = {target}"
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_format(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_format(v)}" for k, v in value.items()) + "}"
+    return str(value)
+
+
+def _format_spec(spec: Spec) -> str:
+    if isinstance(spec, tuple):
+        return "(" + ", ".join(_format_spec(s) for s in spec) + ")"
+    return str(spec) if isinstance(spec, TensorSpec) else type(spec).__name__ if spec is not None else "None"
