@@ -60,9 +60,10 @@ def test_every_public_name_is_documented() -> None:
 
 
 def test_every_error_is_public() -> None:
-    classes = {name for name, value in vars(errors).items() if isinstance(value, type)}
-    assert classes <= PUBLIC
-    assert all(getattr(graphopt, name) is getattr(errors, name) for name in classes)
+    classes = [v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, errors.GraphOptError)]
+    assert classes
+    assert {cls.__name__ for cls in classes} <= PUBLIC
+    assert all(getattr(graphopt, cls.__name__) is cls for cls in classes)
 
 
 def test_version_is_that_of_the_distribution() -> None:
