@@ -1,0 +1,453 @@
+"""Infer the axes of every value of a graph, as a type checker infers types.
+
+What may live here: the walk over the graph, the context that rules write into (:class:`Typer`), its result
+(:class:`Typing`), and the two analyses that follow from it: which zeros survive, and what is normalised over.
+Which rule an operator follows stands in a dialect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.axes import algebra
+from graphopt.axes.algebra import ONE, Atom, Axis, AxisError, Reason, leaves
+from graphopt.axes.coupling import Group, Place
+from graphopt.graph import Call, Graph, TensorSpec, get_attribute, spec_of
+
+Axes = tuple[Axis, ...]
+Value = Axes | list["Value"] | None
+Atoms = frozenset[Atom]
+
+NO_ATOMS: Atoms = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """What the compiler knows of one operator; a dialect maps operators to these.
+
+    ``type`` gives the axes of the result and unifies those of the arguments. ``zeros`` gives the atoms whose removed
+    indices are zero in the result when their parameters are set to zero; without it none is. ``resize`` rewrites the
+    size-bearing arguments after a pruning; without it there are none.
+    """
+
+    type: Callable[[Typer, Call], Value]
+    zeros: Callable[[Zeros, Call], Atoms] | None = None
+    resize: Callable[[Resizer, Call], None] | None = None
+
+
+@dataclass(slots=True)
+class Typing:
+    """The solved axes of a graph.
+
+    ``tensors`` and ``values`` give the axes of parameters and of nodes; ``macs`` the multiply-adds of a node, as the
+    sum over its entries of the product of their sizes; ``groups`` the free groups in graph order; ``unknown`` the
+    nodes whose operator has no entry in the dialect; ``normalising`` the atoms that a node renormalises over.
+    """
+
+    graph: Graph
+    tensors: dict[str, Axes]
+    values: dict[fx.Node, Value]
+    macs: dict[fx.Node, list[Axes]]
+    facts: dict[fx.Node, Any]
+    groups: list[Group]
+    unknown: list[fx.Node]
+    normalising: dict[fx.Node, Atoms]
+    operators: Mapping[Any, Operator]
+
+    def axes(self, node: fx.Node) -> Axes:
+        """Return the axes of a node that yields one tensor."""
+        value = self.values[node]
+        if not isinstance(value, tuple):
+            raise TypeError(f"{node} does not yield one tensor")
+        return value
+
+
+class Typer:
+    """The context that rules write into: fresh axes, unification, and what they noticed on the way."""
+
+    def __init__(self, graph: Graph) -> None:
+        """Start on ``graph`` with nothing known."""
+        self.graph = graph
+        self.node: fx.Node = next(iter(graph.nodes))
+        self.tensors: dict[str, Axes] = {}
+        self.values: dict[fx.Node, Value] = {}
+        self.macs: dict[fx.Node, list[Axes]] = {}
+        self.facts: dict[fx.Node, Any] = {}
+        self.unknown: list[fx.Node] = []
+        self.normalised: list[tuple[fx.Node, Axis]] = []
+        self.contracted: list[tuple[fx.Node, tuple[fx.Node, ...], Axis]] = []
+        self.roles: list[tuple[Axis, str]] = []
+
+    # -- reading --
+
+    def __getitem__(self, node: Any) -> Axes:
+        """Return the axes of a tensor operand."""
+        value = self.values[node]
+        if not isinstance(value, tuple):
+            raise TypeError(f"{node} does not yield one tensor")
+        return value
+
+    def shape(self) -> tuple[int, ...]:
+        """Return the sizes of the current node's result."""
+        spec = spec_of(self.node)
+        if not isinstance(spec, TensorSpec):
+            raise TypeError(f"{self.node} does not yield one tensor")
+        return spec.shape
+
+    # -- making --
+
+    def fresh(self, size: int) -> Axis:
+        """Return a new free axis."""
+        return algebra.atom(size)
+
+    def fixed(self, size: int, why: str) -> Axis:
+        """Return a new frozen axis."""
+        return algebra.atom(size, Reason(why, self.node.name))
+
+    def opaque(self, shape: Iterable[int], why: str) -> Axes:
+        """Return new frozen axes of these sizes."""
+        reason = Reason(why, self.node.name)
+        return tuple(algebra.atom(n, reason) for n in shape)
+
+    # -- tying --
+
+    def unify(self, a: Axis, b: Axis) -> Axis:
+        """Tie two axes and return one of them; axes that cannot be tied are frozen instead."""
+        try:
+            algebra.unify(a, b)
+        except AxisError:
+            self.freeze(a, "its structure does not fit that of its partner")
+            self.freeze(b, "its structure does not fit that of its partner")
+        return a
+
+    def split(self, axis: Axis, outer_size: int) -> tuple[Axis, Axis]:
+        """Refine an axis to rows; where that is impossible both factors are frozen, and the axis with them."""
+        try:
+            return algebra.split(axis, outer_size)
+        except AxisError:
+            why = f"it has no {outer_size} equal rows"
+            self.freeze(axis, why)
+            return self.fixed(outer_size, why), self.fixed(axis.size // outer_size, why)
+
+    def cut(self, axis: Axis, position: int) -> tuple[Axis, Axis]:
+        """Refine an axis to two parts; where that is impossible both parts are frozen, and the axis with them."""
+        if position <= 0:
+            return self.fixed(0, "empty"), axis
+        if position >= axis.size:
+            return axis, self.fixed(0, "empty")
+        try:
+            return algebra.cut(axis, position)
+        except AxisError:
+            why = f"a cut at {position} falls inside its structure"
+            self.freeze(axis, why)
+            return self.fixed(position, why), self.fixed(axis.size - position, why)
+
+    def freeze(self, axis: Axis, why: str) -> None:
+        """Forbid that ``axis`` loses indices, and keep the reason."""
+        algebra.freeze(axis, Reason(why, self.node.name))
+
+    # -- noticing --
+
+    def multiply(self, *axes: Axis) -> None:
+        """Count as many multiply-adds as the product of the axes' sizes, for the current node."""
+        self.macs.setdefault(self.node, []).append(axes)
+
+    def normalise(self, axis: Axis) -> None:
+        """Note that the current node normalises over ``axis``: removing an index changes the others' results."""
+        if axis is not ONE:
+            self.normalised.append((self.node, axis))
+
+    def contract(self, axis: Axis, *operands: Any) -> None:
+        """Note that the current node sums over ``axis``; exact where one operand's removed entries are zero."""
+        if axis is not ONE:
+            self.contracted.append((self.node, tuple(o for o in operands if isinstance(o, fx.Node)), axis))
+
+    def mark(self, axis: Axis, role: str) -> None:
+        """Note what the indices of ``axis`` are, in the field's words."""
+        self.roles.append((axis, role))
+
+
+class Zeros:
+    """Answer which atoms' removed indices are zero in a value once their parameters are zero.
+
+    A weightless sum (attention scores, a channel sum) is exact under removal only where the summed entries vanish;
+    where they do not, the sum renormalises. The answer is sound, not complete.
+    """
+
+    def __init__(self, typing_values: Mapping[fx.Node, Value], free: Atoms) -> None:
+        """Analyse lazily: nothing is computed until a contraction asks."""
+        self._values = typing_values
+        self._free = free
+        self._known: dict[fx.Node, Atoms] = {}
+
+    def axes(self, node: Any) -> Axes:
+        """Return the axes of a node that yields one tensor."""
+        value = self._values[node]
+        assert isinstance(value, tuple)
+        return value
+
+    def atoms(self, node: Any) -> Atoms:
+        """Return the free atoms of a node's axes."""
+        return _atoms(self._values.get(node)) & self._free
+
+    def __getitem__(self, node: Any) -> Atoms:
+        """Return the atoms that vanish in an operand; a number or an absent operand has none."""
+        return self._known.get(node, NO_ATOMS) if isinstance(node, fx.Node) else NO_ATOMS
+
+    def set(self, node: fx.Node, atoms: Atoms) -> None:
+        """Record an answer."""
+        self._known[node] = atoms & self.atoms(node)
+
+    def every(self, *operands: Any) -> Atoms:
+        """Combine as sums do: zero where every operand is; absent operands do not count."""
+        present = [self._set(o) for o in operands if o is not None]
+        return frozenset.intersection(*present) if present else NO_ATOMS
+
+    def some(self, *operands: Any) -> Atoms:
+        """Combine as products do: zero where any operand is."""
+        return NO_ATOMS.union(*(self._set(o) for o in operands if o is not None))
+
+    def joined(self, operands: Sequence[Any]) -> Atoms:
+        """Combine as concatenations do: zero where every operand that has the atom is."""
+        atoms = NO_ATOMS.union(*(self.atoms(o) for o in operands))
+        return frozenset(a for a in atoms if all(a in self[o] for o in operands if a in self.atoms(o)))
+
+    def outside(self, node: Any, dims: Iterable[int]) -> Atoms:
+        """Return the atoms that vanish in ``node`` and do not occur in ``dims``."""
+        axes = self.axes(node)
+        return self[node] - frozenset(leaf for d in dims for leaf in leaves(axes[d]))
+
+    def _set(self, operand: Any) -> Atoms:
+        return operand if isinstance(operand, frozenset) else self[operand]
+
+
+@dataclass(slots=True)
+class Resizer:
+    """Give the new sizes to an operator whose size-bearing arguments must follow a pruning.
+
+    ``keep`` says which indices each pruned atom keeps; ``graph`` is the graph being rewritten; ``values`` maps the
+    arguments of the rewritten node to their (old) axes.
+    """
+
+    keep: Mapping[Atom, algebra.Indices]
+    axes_of: Callable[[fx.Node], Value]
+    fact: Any
+    sizes: dict[Atom, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = {a: len(k) for a, k in self.keep.items()}
+
+    def axes(self, node: Any) -> Axes:
+        """Return the axes, as inferred, of a node of the graph being rewritten."""
+        value = self.axes_of(node)
+        assert isinstance(value, tuple)
+        return value
+
+    def changed(self, axis: Axis) -> bool:
+        """Say whether ``axis`` loses indices."""
+        return any(leaf in self.sizes for leaf in leaves(axis))
+
+    def size(self, axis: Axis) -> int:
+        """Return the new size of ``axis``."""
+        return algebra.size_of(axis, self.sizes)
+
+    def entry(self, call: Call, old: Any, axis: Axis) -> Any:
+        """Return a shape entry for ``axis`` in place of ``old``, which may be symbolic; ``-1`` stays."""
+        if not self.changed(axis) or (isinstance(old, int) and old == -1):
+            return old
+        size = self.size(axis)
+        if not isinstance(old, fx.Node):
+            return size
+        if size == axis.size:
+            return old
+        graph = call.node.graph
+        with graph.inserting_before(call.node):
+            scaled = graph.call_function(_floordiv, (graph.call_function(_mul, (old, size)), axis.size))
+        scaled.args[0].meta["spec"] = old.meta["spec"] * size
+        scaled.meta["spec"] = old.meta["spec"] * size // axis.size
+        return scaled
+
+    def entries(self, call: Call, old: Sequence[Any], axes: Sequence[Axis]) -> list[Any]:
+        """Return a shape for ``axes`` in place of ``old``, entry by entry."""
+        return [self.entry(call, o, a) for o, a in zip(old, axes, strict=True)]
+
+
+def _mul(a: Any, b: Any) -> Any:
+    return a * b
+
+
+def _floordiv(a: Any, b: Any) -> Any:
+    return a // b
+
+
+def infer(graph: Graph, operators: Mapping[Any, Operator]) -> Typing:
+    """Infer the axes of every value of ``graph`` with the rules of a dialect.
+
+    Never raises for what it does not understand: an operator without an entry freezes what it touches and is listed
+    in ``Typing.unknown``.
+    """
+    typer = Typer(graph)
+    for node in graph.nodes:
+        typer.node = node
+        typer.values[node] = _type(typer, node, operators)
+    return _solve(typer, operators)
+
+
+def _type(typer: Typer, node: fx.Node, operators: Mapping[Any, Operator]) -> Value:
+    if node.op == "placeholder":
+        return _freeze_all(typer, spec_of(node), "a dimension of the model's input")
+    if node.op == "get_attr":
+        return _tensor(typer, str(node.target))
+    if node.op == "output":
+        for value in _tensor_nodes(node):
+            for axis in _axes_in(typer.values[value]):
+                typer.freeze(axis, "a dimension of the model's output")
+        return None
+    operator = operators.get(node.target)
+    if operator is None:
+        if spec_of(node) is None or isinstance(spec_of(node), int | float | bool):
+            return None
+        return _unknown(typer, node, f"{node.target} has no axis rule")
+    value = operator.type(typer, Call(node))
+    if not _fits(value, spec_of(node)):
+        return _unknown(typer, node, f"the axis rule of {node.target} does not fit this call")
+    return value
+
+
+def _unknown(typer: Typer, node: fx.Node, why: str) -> Value:
+    typer.unknown.append(node)
+    for operand in _tensor_nodes(node):
+        for axis in _axes_in(typer.values.get(operand)):
+            typer.freeze(axis, why)
+    return _freeze_all(typer, spec_of(node), why)
+
+
+def _tensor(typer: Typer, name: str) -> Value:
+    if name not in typer.tensors:
+        tensor = get_attribute(typer.graph.module, name)
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        typer.tensors[name] = tuple(algebra.atom(n) for n in tensor.shape)
+    return typer.tensors[name]
+
+
+def _tensor_nodes(node: fx.Node) -> list[fx.Node]:
+    return [n for n in node.all_input_nodes if n.op != "output"]
+
+
+def _axes_in(value: Value) -> Iterable[Axis]:
+    if isinstance(value, tuple):
+        yield from value
+    elif isinstance(value, list):
+        for each in value:
+            yield from _axes_in(each)
+
+
+def _freeze_all(typer: Typer, spec: Any, why: str) -> Value:
+    if isinstance(spec, TensorSpec):
+        return typer.opaque(spec.shape, why)
+    if isinstance(spec, tuple):
+        return [_freeze_all(typer, s, why) for s in spec]
+    return None
+
+
+def _fits(value: Value, spec: Any) -> bool:
+    if isinstance(spec, TensorSpec):
+        return isinstance(value, tuple) and tuple(a.size for a in value) == spec.shape
+    if isinstance(spec, tuple):
+        return isinstance(value, list) and len(value) == len(spec) and all(map(_fits, value, spec))
+    return value is None
+
+
+def _atoms(value: Value) -> Atoms:
+    return frozenset(leaf for axis in _axes_in(value) for leaf in leaves(axis))
+
+
+def _solve(typer: Typer, operators: Mapping[Any, Operator]) -> Typing:
+    solved: dict[int, Axis] = {}
+
+    def final(value: Value) -> Value:
+        if isinstance(value, tuple):
+            return tuple(solve(axis) for axis in value)
+        return [final(v) for v in value] if isinstance(value, list) else None
+
+    def solve(axis: Axis) -> Axis:
+        found = solved.get(id(axis))
+        if found is None:
+            found = solved[id(axis)] = algebra.resolve(axis)
+        return found
+
+    tensors = {name: tuple(solve(a) for a in axes) for name, axes in typer.tensors.items()}
+    values = {node: final(value) for node, value in typer.values.items()}
+    macs = {node: [tuple(solve(a) for a in term) for term in terms] for node, terms in typer.macs.items()}
+    groups = _groups(typer, tensors)
+    free = frozenset(g.atom for g in groups)
+    normalising = _normalising(typer, operators, values, free)
+    names: dict[Atom, list[str]] = {}
+    for node, atoms in normalising.items():
+        for each in atoms:
+            names.setdefault(each, []).append(node.name)
+    roles: dict[Atom, str] = {}
+    for axis, role in typer.roles:
+        for leaf in leaves(axis):
+            roles.setdefault(leaf, role)
+    for group in groups:
+        group.normalised = tuple(names.get(group.atom, ()))
+        group.role = roles.get(group.atom, group.role)
+    return Typing(
+        typer.graph, tensors, values, macs, typer.facts, groups, typer.unknown, normalising, operators
+    )
+
+
+def _groups(typer: Typer, tensors: Mapping[str, Axes]) -> list[Group]:
+    """Collect, for each free atom, the places where it occurs; atoms without a parameter are nobody's to prune."""
+    places: dict[Atom, list[Place]] = {}
+    owned: set[Atom] = set()
+    for name, axes in tensors.items():
+        is_parameter = isinstance(get_attribute(typer.graph.module, name), torch.nn.Parameter)
+        for dim, axis in enumerate(axes):
+            for leaf in dict.fromkeys(leaves(axis)):
+                if leaf.frozen is None:
+                    places.setdefault(leaf, []).append(Place(name, dim, axis))
+                    if is_parameter:
+                        owned.add(leaf)
+    return [Group(str(found[0]), a, a.size, tuple(found)) for a, found in places.items() if a in owned]
+
+
+def _normalising(
+    typer: Typer, operators: Mapping[Any, Operator], values: Mapping[fx.Node, Value], free: Atoms
+) -> dict[fx.Node, Atoms]:
+    found: dict[fx.Node, Atoms] = {}
+    for node, axis in typer.normalised:
+        atoms = frozenset(leaves(axis)) & free
+        if atoms:
+            found[node] = found.get(node, NO_ATOMS) | atoms
+    sums = [(n, o, frozenset(leaves(a)) & free) for n, o, a in typer.contracted]
+    sums = [s for s in sums if s[2]]
+    if sums:
+        zeros = _zeros(typer, operators, values, free)
+        for node, operands, atoms in sums:
+            exposed = atoms - zeros.some(*operands)
+            if exposed:
+                found[node] = found.get(node, NO_ATOMS) | exposed
+    return found
+
+
+def _zeros(
+    typer: Typer, operators: Mapping[Any, Operator], values: Mapping[fx.Node, Value], free: Atoms
+) -> Zeros:
+    zeros = Zeros(values, free)
+    for node in typer.graph.nodes:
+        if node.op == "get_attr":
+            if isinstance(get_attribute(typer.graph.module, str(node.target)), torch.nn.Parameter):
+                zeros.set(node, zeros.atoms(node))
+        elif node.op == "call_function":
+            operator = operators.get(node.target)
+            if operator is not None and operator.zeros is not None:
+                zeros.set(node, operator.zeros(zeros, Call(node)))
+    return zeros

@@ -1,0 +1,174 @@
+"""Operators that multiply and sum: linear layers, convolutions, matrix products, einsum, attention, recurrences."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.axes.algebra import ONE
+from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.rules import Contraction, attention, broadcast, convolution, einsum, linear, matmul
+from graphopt.dialects.aten.common import operands, optional, table
+from graphopt.graph import Call, spec_of
+
+aten = torch.ops.aten
+
+
+def _linear(t: Typer, call: Call) -> Value:
+    return linear(t, t[call["input"]], t[call["weight"]], optional(t, call["bias"]))
+
+
+def _zeros_of_linear(z: Zeros, call: Call) -> Atoms:
+    return z.every(z.some(call["input"], call["weight"]), call["bias"])
+
+
+def _convolution(t: Typer, call: Call) -> Value:
+    transposed = bool(call["transposed"]) if call.has("transposed") else "transpose" in call.name
+    found = convolution(
+        t,
+        t[call["input"]],
+        t[call["weight"]],
+        optional(t, call["bias"]),
+        t.shape(),
+        groups=call["groups"],
+        transposed=transposed,
+    )
+    t.facts[call.node] = found.groups
+    return found.out
+
+
+def _resize_convolution(r: Resizer, call: Call) -> None:
+    if r.fact is not ONE and r.changed(r.fact):
+        call["groups"] = r.size(r.fact)
+
+
+def _matmul(t: Typer, call: Call) -> Value:
+    first, second = operands(call)
+    out, inner = matmul(t, t[first], t[second])
+    t.contract(inner, first, second)
+    return out
+
+
+def _zeros_of_matmul(z: Zeros, call: Call) -> Atoms:
+    return z.some(*operands(call))
+
+
+def _addmm(t: Typer, call: Call) -> Value:
+    bias, first, second = operands(call)
+    out, inner = matmul(t, t[first], t[second])
+    t.contract(inner, first, second)
+    return broadcast(t, t[bias], out)
+
+
+def _zeros_of_addmm(z: Zeros, call: Call) -> Atoms:
+    bias, first, second = operands(call)
+    return z.every(bias, z.some(first, second))
+
+
+def _einsum(t: Typer, call: Call) -> Value:
+    tensors = call["tensors"]
+    axes = [t[n] for n in tensors]
+    out, summed = einsum(t, Contraction.parse(call["equation"], [len(a) for a in axes]), axes)
+    for axis, holders in summed.items():
+        t.contract(axis, *(tensors[i] for i in holders))
+    return out
+
+
+def _zeros_of_einsum(z: Zeros, call: Call) -> Atoms:
+    return z.some(*call["tensors"])
+
+
+def _attention(t: Typer, call: Call) -> Value:
+    q, k, v = (t[call[name]] for name in ("query", "key", "value"))
+    t.contract(q[-1], call["query"], call["key"])
+    return attention(t, q, k, v, optional(t, call["attn_mask"]), grouped=bool(call["enable_gqa"]))
+
+
+def _resize_attention(r: Resizer, call: Call) -> None:
+    """Make the scale explicit: the default would follow the pruned width."""
+    width = r.axes(call["query"])[-1]
+    if call["scale"] is None and r.changed(width):
+        call["scale"] = 1 / sqrt(width.size)
+
+
+def _outer(t: Typer, call: Call) -> Value:
+    a, b = operands(call)
+    return (*t[a], *t[b])
+
+
+def _bilinear(t: Typer, call: Call) -> Value:
+    x, y, weight = t[call["input1"]], t[call["input2"]], t[call["weight"]]
+    t.unify(x[-1], weight[1])
+    t.unify(y[-1], weight[2])
+    batch = broadcast(t, x[:-1], y[:-1])
+    bias = optional(t, call["bias"])
+    if bias is not None:
+        t.unify(bias[0], weight[0])
+    t.multiply(*batch, *weight)
+    return (*batch, weight[0])
+
+
+def _grouped_mm(t: Typer, call: Call) -> Value:
+    """Rows sorted by expert times that expert's matrix: ``x (s, k)``, ``weight (experts, k, n)`` -> ``(s, n)``."""
+    x, weight, offsets = (t[n] for n in operands(call)[:3])
+    t.freeze(weight[0], "an expert is chosen by data")
+    t.freeze(offsets[0], "an expert is chosen by data")
+    t.unify(x[-1], weight[-2])
+    t.multiply(x[0], weight[-2], weight[-1])
+    return (*x[:-1], weight[-1])
+
+
+def _recurrent(t: Typer, call: Call) -> Value:
+    """Freeze a recurrent layer whole: gates, directions and layers share one packed width."""
+    why = "a recurrent layer packs gates, directions and layers into one width"
+
+    def freeze(value: Any) -> None:
+        if isinstance(value, fx.Node) and isinstance(t.values.get(value), tuple):
+            for axis in t[value]:
+                t.freeze(axis, why)
+        elif isinstance(value, list | tuple):
+            for each in value:
+                freeze(each)
+
+    freeze(list(call.node.args))
+    spec = spec_of(call.node)
+    assert isinstance(spec, tuple)
+    return [t.opaque(s.shape, why) for s in spec]  # type: ignore[union-attr]
+
+
+_CONV = Operator(_convolution, _zeros_of_linear, _resize_convolution)
+_PRODUCT = Operator(_matmul, _zeros_of_matmul)
+_SUM_OF_PRODUCT = Operator(_addmm, _zeros_of_addmm)
+_RECURRENT = Operator(_recurrent)
+
+OPERATORS: dict[Any, Operator] = {
+    aten.linear.default: Operator(_linear, _zeros_of_linear),
+    **table(_CONV, "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    **table(_PRODUCT, "matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default", "linalg_matmul.default"),
+    **table(_SUM_OF_PRODUCT, "addmm.default", "baddbmm.default", "addbmm.default", "addmv.default"),
+    aten.einsum.default: Operator(_einsum, _zeros_of_einsum),
+    aten.scaled_dot_product_attention.default: Operator(
+        _attention, lambda z, call: z[call["value"]], _resize_attention
+    ),
+    **table(Operator(_outer, _zeros_of_matmul), "outer.default", "ger.default"),
+    aten.bilinear.default: Operator(_bilinear, lambda z, call: z.every(call["weight"], call["bias"])),
+    **table(_RECURRENT, "lstm.input", "lstm.data", "gru.input", "gru.data", "rnn_tanh.input", "rnn_relu.input"),
+    **table(_RECURRENT, "rnn_tanh.data", "rnn_relu.data"),
+}
+
+_GROUPED = Operator(_grouped_mm, lambda z, call: z.some(*operands(call)[:2]))
+
+
+def late_operators() -> dict[Any, Operator]:
+    """Return entries for custom operators of libraries that happen to be imported."""
+    found: dict[Any, Operator] = {}
+    for namespace, name in (("transformers", "grouped_mm_fallback"), ("aten", "_grouped_mm")):
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        if packet is not None:
+            found[packet.default] = _GROUPED
+    return found
+
+

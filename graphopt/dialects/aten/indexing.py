@@ -1,0 +1,146 @@
+"""Operators that address entries by data: embeddings, gathers, index tables, scatters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.axes.infer import Atoms, Operator, Typer, Value, Zeros
+from graphopt.axes.rules import broadcast
+from graphopt.dialects.aten.common import operands, table, zeros_of_first
+from graphopt.graph import Call, spec_of
+
+aten = torch.ops.aten
+_WHY = "addressed by data"
+
+
+def _embedding(t: Typer, call: Call) -> Value:
+    weight = t[call["weight"]]
+    t.freeze(weight[0], _WHY)
+    return (*t[call["indices"]], weight[1])
+
+
+def _index(t: Typer, call: Call) -> Value:
+    """Advanced indexing: the indexed dimensions are frozen, those of the indices take their place.
+
+    They stand where the first index stood when the indexed dimensions are adjacent, and in front otherwise.
+    """
+    x = t[call["self"]]
+    indices = list(call["indices"]) + [None] * (len(x) - len(call["indices"]))
+    if any(isinstance(i, fx.Node) and _is_mask(i) for i in indices):
+        for axis in x:
+            t.freeze(axis, "masked by data")
+        return t.opaque(t.shape(), "masked by data")
+    dims = [d for d, i in enumerate(indices) if i is not None]
+    for d in dims:
+        t.freeze(x[d], _WHY)
+    placed = broadcast(t, *(t[i] for i in indices if i is not None))
+    for axis in placed:
+        t.freeze(axis, "the dimension of an index table")
+    rest = [x[d] for d in range(len(x)) if d not in dims]
+    adjacent = dims == list(range(dims[0], dims[-1] + 1))
+    position = dims[0] if adjacent else 0
+    return (*rest[:position], *placed, *rest[position:])
+
+
+def _is_mask(node: fx.Node) -> bool:
+    spec = spec_of(node)
+    return getattr(spec, "dtype", None) in (torch.bool, torch.uint8)
+
+
+def _index_select(t: Typer, call: Call) -> Value:
+    x = t[call["self"]]
+    dim = call["dim"] % len(x)
+    t.freeze(x[dim], _WHY)
+    for axis in t[call["index"]]:
+        t.freeze(axis, "the dimension of an index table")
+    return (*x[:dim], t.fixed(t.shape()[dim], _WHY), *x[dim + 1 :])
+
+
+def _gather(t: Typer, call: Call) -> Value:
+    """Entries move along ``dim``; along the other dimensions index and source must agree where they are whole."""
+    x, index = t[call["self"]], t[call["index" if call.has("index") else "indices"]]
+    dim = (call["dim"] or 0) % len(x)
+    t.freeze(x[dim], _WHY)
+    for d, (a, b) in enumerate(zip(x, index, strict=True)):
+        if d != dim and a.size == b.size:
+            t.unify(a, b)
+        elif d != dim:
+            t.freeze(a, _WHY)
+    t.freeze(index[dim], _WHY)
+    return index
+
+
+def _rigid(t: Typer, call: Call) -> Value:
+    """Freeze every tensor operand; the result has the axes of the first."""
+    for node in operands(call):
+        for axis in t[node]:
+            t.freeze(axis, _WHY)
+    indices = call["indices"] if call.has("indices") else None
+    for node in indices if isinstance(indices, list | tuple) else ():
+        if isinstance(node, fx.Node):
+            for axis in t[node]:
+                t.freeze(axis, _WHY)
+    return t[call.node.args[0]]
+
+
+def _scatter(t: Typer, call: Call) -> Value:
+    """Write slices: dimensions that stay whole are tied, the addressed one is frozen."""
+    x, source = t[call["self"]], t[call["src"]]
+    dim = call["dim"] % len(x)
+    t.freeze(x[dim], "part of it is written")
+    if call.name.startswith("aten.select_scatter"):
+        rest = [a for d, a in enumerate(x) if d != dim]
+        pairs = list(zip(rest, source, strict=True))
+    else:
+        t.freeze(source[dim], "part of it is written")
+        pairs = [(a, b) for d, (a, b) in enumerate(zip(x, source, strict=True)) if d != dim]
+    for a, b in pairs:
+        t.unify(a, b)
+    return x
+
+
+def _zeros_of_scatter(z: Zeros, call: Call) -> Atoms:
+    return z.every(call["self"], call["src"])
+
+
+def _zeros_of_embedding(z: Zeros, call: Call) -> Atoms:
+    return z[call["weight"]]
+
+
+def _opaque(why: str) -> Operator:
+    """An operator on data that nothing can be said of: results and operands are frozen."""
+
+    def type_(t: Typer, call: Call) -> Value:
+        for node in operands(call):
+            for axis in t[node]:
+                t.freeze(axis, why)
+        spec = spec_of(call.node)
+        if isinstance(spec, tuple):
+            return [t.opaque(s.shape, why) for s in spec if hasattr(s, "shape")]
+        return t.opaque(t.shape(), why)
+
+    return Operator(type_)
+
+
+OPERATORS: dict[Any, Operator] = {
+    aten.embedding.default: Operator(_embedding, _zeros_of_embedding),
+    aten.index.Tensor: Operator(_index, zeros_of_first),
+    aten.index_select.default: Operator(_index_select, zeros_of_first),
+    **table(Operator(_gather, zeros_of_first), "gather.default", "take_along_dim.default"),
+    **table(
+        Operator(_rigid),
+        *("index_put.default", "index_put_.default", "scatter.src", "scatter.value", "scatter_.src", "scatter_.value"),
+        *("scatter_add.default", "scatter_add_.default", "index_add.default", "index_add_.default", "masked_scatter.default"),
+        *("index_fill.int_Scalar", "index_copy.default"),
+    ),
+    **table(Operator(_scatter, _zeros_of_scatter), "slice_scatter.default", "select_scatter.default"),
+    **table(
+        _opaque("counted or searched by data"),
+        *("histc.default", "bincount.default", "nonzero.default", "unique_consecutive.default", "_unique2.default"),
+        *("searchsorted.Tensor", "bucketize.Tensor", "one_hot.default", "masked_select.default", "cdist.default"),
+    ),
+}
+

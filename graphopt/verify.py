@@ -1,0 +1,274 @@
+"""Prove that a rewrite kept its promise, on real inputs.
+
+What may live here: the reference evaluation in which removed indices are masked, the comparison of outputs, and the
+verdict. *Masked equivalence*: a model without some indices must compute what the original computes with those
+indices' parameters set to zero; where an operator normalises over them, what it computes over the kept ones alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from graphopt.axes.algebra import Atom, Axis, Indices, index_at, kept_positions, leaves
+from graphopt.axes.infer import Axes, Resizer, Typing, Value
+from graphopt.graph import Call, Graph
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+"""Largest relative difference of outputs that counts as equal, by the precision of the comparison."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far two results are apart.
+
+    ``relative`` is the largest absolute difference over the largest absolute reference value of that output; the
+    worst output counts. ``output`` is its position among the flattened outputs.
+    """
+
+    relative: float
+    output: int
+    precision: torch.dtype
+
+    @property
+    def equal(self) -> bool:
+        """Say whether the difference is round-off."""
+        return self.relative <= TOLERANCE[self.precision]
+
+    def __str__(self) -> str:
+        bits = str(self.precision).removeprefix("torch.")
+        return f"relative difference {self.relative:.1e} in output {self.output} ({bits}, allowed {TOLERANCE[self.precision]:.0e})"
+
+
+def masked_equivalence(
+    typing: Typing, keep: Mapping[Atom, Indices], pruned: Graph, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+) -> Difference:
+    """Compare ``pruned`` with the typed graph whose removed indices are masked.
+
+    Runs in the model's own precision first; a difference beyond round-off there is decided in float64.
+    """
+    found = _masked_difference(typing, keep, pruned, inputs or typing.graph.example_inputs, double=False)
+    if found.equal:
+        return found
+    return _masked_difference(typing, keep, pruned, inputs or typing.graph.example_inputs, double=True)
+
+
+def equivalence(
+    before: Graph, after: Graph, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None, *, double: bool | None = None
+) -> Difference:
+    """Compare two graphs that must compute the same."""
+    args, kwargs = inputs or before.example_inputs
+    for each in (False, True) if double is None else (double,):
+        expected = evaluate(before, args, kwargs, double=each)
+        found = difference(expected, evaluate(after, args, kwargs, double=each), double=each)
+        if found.equal:
+            break
+    return found
+
+
+def _masked_difference(
+    typing: Typing, keep: Mapping[Atom, Indices], pruned: Graph, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, double: bool
+) -> Difference:
+    args, kwargs = inputs
+    expected = masked_outputs(typing, keep, args, kwargs, double=double)
+    return difference(expected, evaluate(pruned, args, kwargs, double=double), double=double)
+
+
+def difference(expected: Any, found: Any, *, double: bool) -> Difference:
+    """Measure how far two nested results are apart; results of other structure, shape or finiteness are infinitely far."""
+    precision = torch.float64 if double else torch.float32
+    left, right = pytree.tree_leaves(expected), pytree.tree_leaves(found)
+    if len(left) != len(right):
+        return Difference(float("inf"), 0, precision)
+    worst = Difference(0.0, 0, precision)
+    for i, (a, b) in enumerate(zip(left, right, strict=True)):
+        relative = _relative(a, b)
+        if not relative <= worst.relative:
+            worst = Difference(relative if relative == relative else float("inf"), i, precision)
+    return worst
+
+
+def _relative(a: Any, b: Any) -> float:
+    if not isinstance(a, torch.Tensor):
+        return 0.0 if a == b else float("inf")
+    if not isinstance(b, torch.Tensor) or a.shape != b.shape:
+        return float("inf")
+    if a.numel() == 0:
+        return 0.0
+    if not (a.is_floating_point() or a.is_complex()):
+        return float((a != b).double().mean())
+    a, b = a.double(), b.double()
+    agree = torch.isfinite(a) & torch.isfinite(b)
+    same = (a == b) | (a.isnan() & b.isnan())
+    if not bool((agree | same).all()):
+        return float("inf")
+    a, b = torch.where(agree, a, 0.0), torch.where(agree, b, 0.0)
+    scale = float(a.abs().max())
+    gap = float((a - b).abs().max())
+    return gap / scale if scale > 0 else gap
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluate(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool = False) -> Any:
+    """Run ``graph`` without gradients, in evaluation mode, in its own precision or in float64."""
+    return _Evaluator(graph, double=double).outputs(args, kwargs)
+
+
+def masked_outputs(
+    typing: Typing, keep: Mapping[Atom, Indices], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool = False
+) -> Any:
+    """Run the typed graph with the parameters of every removed index set to zero.
+
+    A node that normalises over a pruned atom is evaluated on the kept indices alone; its result is zero elsewhere.
+    """
+    return _MaskedEvaluator(typing, keep, double=double).outputs(args, kwargs)
+
+
+class _Evaluator(fx.Interpreter):
+    """Interpret a graph; in double mode every float tensor, and every float type asked for, becomes float64."""
+
+    def __init__(self, graph: Graph, *, double: bool) -> None:
+        super().__init__(graph.module)
+        self.double = double
+
+    def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        flat = flatten_inputs(self.module, args, kwargs)
+        with torch.no_grad(), _default_dtype(torch.float64) if self.double else nullcontext():
+            return self.run(*[self._promote(_own(x)) for x in flat], enable_io_processing=False)
+
+    def _promote(self, value: Any) -> Any:
+        if not self.double:
+            return value
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value.detach().double()
+        if isinstance(value, torch.dtype) and value.is_floating_point:
+            return torch.float64
+        return value
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._promote(super().get_attr(target, args, kwargs))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.double:
+            args = fx.node.map_aggregate(args, self._promote)
+            kwargs = fx.node.map_aggregate(kwargs, self._promote)
+        return super().call_function(target, args, kwargs)
+
+
+class _MaskedEvaluator(_Evaluator):
+    def __init__(self, typing: Typing, keep: Mapping[Atom, Indices], *, double: bool) -> None:
+        super().__init__(typing.graph, double=double)
+        self.typing = typing
+        self.keep = {a: k for a, k in keep.items() if len(k) < a.size}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if isinstance(self.fetch_attr(target), torch.nn.Parameter):
+            for dim, axis in enumerate(self.typing.tensors[target]):
+                kept = self._kept(axis, self.keep)
+                if kept is not None:
+                    removed = np.setdiff1d(np.arange(axis.size), kept)
+                    value = value.detach().index_fill(dim, torch.from_numpy(removed), 0)
+        return value
+
+    def run_node(self, n: fx.Node) -> Any:
+        atoms = self.typing.normalising.get(n, frozenset()) & self.keep.keys()
+        if not atoms:
+            return super().run_node(n)
+        return self._run_on_kept(n, {a: self.keep[a] for a in atoms})
+
+    def _run_on_kept(self, node: fx.Node, keep: Mapping[Atom, Indices]) -> Any:
+        """Gather the kept indices of every operand, run the resized call, and put zeros where indices were removed."""
+        scratch = fx.Graph()
+        values: dict[fx.Node, Any] = {}
+        old: dict[fx.Node, fx.Node] = {}
+        for operand in node.all_input_nodes:
+            twin = scratch.placeholder(operand.name)
+            twin.meta = dict(operand.meta)
+            old[twin] = operand
+            values[twin] = self._gather(self.env[operand], self.typing.values[operand], keep)
+        twins = {operand: twin for twin, operand in old.items()}
+        call = scratch.node_copy(node, lambda n: twins[n])
+        old[call] = node
+        operator = self.typing.operators[node.target]
+        if operator.resize is not None:
+            operator.resize(Resizer(keep, lambda n: self.typing.values[old[n]], self.typing.facts.get(node)), Call(call))
+        for each in scratch.nodes:
+            if each.op == "call_function":
+                args, kwargs = fx.node.map_arg((each.args, each.kwargs), values.__getitem__)
+                values[each] = self.call_function(each.target, args, kwargs)
+        return self._scatter(values[call], self.typing.values[node], keep)
+
+    def _gather(self, value: Any, axes: Value, keep: Mapping[Atom, Indices]) -> Any:
+        if isinstance(axes, list):
+            return [self._gather(v, a, keep) for v, a in zip(value, axes, strict=True)]
+        if axes is None:
+            return value
+        for dim, axis in enumerate(axes):
+            kept = self._kept(axis, keep)
+            if kept is not None:
+                value = value.index_select(dim, torch.from_numpy(kept))
+        return value
+
+    def _scatter(self, value: Any, axes: Value, keep: Mapping[Atom, Indices]) -> Any:
+        if isinstance(axes, list):
+            return [self._scatter(v, a, keep) for v, a in zip(value, axes, strict=True)]
+        if axes is None:
+            return value
+        for dim, axis in enumerate(axes):
+            kept = self._kept(axis, keep)
+            if kept is not None:
+                shape = list(value.shape)
+                shape[dim] = axis.size
+                value = value.new_zeros(shape).index_copy(dim, torch.from_numpy(kept), value)
+        return value
+
+    @staticmethod
+    def _kept(axis: Axis, keep: Mapping[Atom, Indices]) -> Indices | None:
+        return kept_positions(axis, keep) if any(leaf in keep for leaf in leaves(axis)) else None
+
+
+def flatten_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the values of the graph's placeholders for a call of the module."""
+    return list(module.graph._codegen.process_inputs(*args, **kwargs))
+
+
+def _own(value: Any) -> Any:
+    """Copy an input, for the model may write into it."""
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+__all__ = [
+    "TOLERANCE",
+    "Axes",
+    "Difference",
+    "difference",
+    "equivalence",
+    "evaluate",
+    "flatten_inputs",
+    "index_at",
+    "masked_equivalence",
+    "masked_outputs",
+]
