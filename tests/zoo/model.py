@@ -88,6 +88,8 @@ class _Float64(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             return args[0].double()
+        if func is torch._grouped_mm:  # has no float64 kernel; transformers exports this operator in its place
+            return torch.ops.transformers.grouped_mm_fallback(*args[:2], (kwargs or {})["offs"])
         args, kwargs = pytree.tree_map(_widen, (args, kwargs or {}))
         return func(*args, **kwargs)
 
