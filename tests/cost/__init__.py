@@ -1,0 +1,1 @@
+"""Test what graphopt says a model costs."""
