@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import fx
+from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.algebra import Atom, Axis, Indices, index_at, kept_positions, leaves
-from graphopt.axes.infer import Axes, Resizer, Typing, Value
+from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves
+from graphopt.axes.infer import Resizer, Typing, Value
 from graphopt.graph import Call, Graph
 
 if TYPE_CHECKING:
@@ -242,7 +243,10 @@ class _MaskedEvaluator(_Evaluator):
 
 def flatten_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the values of the graph's placeholders for a call of the module."""
-    return list(module.graph._codegen.process_inputs(*args, **kwargs))
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    if info is None or info.in_spec is None:
+        return list(args)
+    return list(fx_pytree.tree_flatten_spec((args, dict(kwargs)), info.in_spec))
 
 
 def _own(value: Any) -> Any:
@@ -259,16 +263,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     finally:
         torch.set_default_dtype(before)
 
-
-__all__ = [
-    "TOLERANCE",
-    "Axes",
-    "Difference",
-    "difference",
-    "equivalence",
-    "evaluate",
-    "flatten_inputs",
-    "index_at",
-    "masked_equivalence",
-    "masked_outputs",
-]

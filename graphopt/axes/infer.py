@@ -24,6 +24,7 @@ Value = Axes | list["Value"] | None
 Atoms = frozenset[Atom]
 
 NO_ATOMS: Atoms = frozenset()
+KERNEL = "a kernel's extent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,17 @@ class Typing:
     unknown: list[fx.Node]
     normalising: dict[fx.Node, Atoms]
     operators: Mapping[Any, Operator]
+
+    def frozen(self) -> list[tuple[Place, Reason]]:
+        """Return every parameter dimension that holds a frozen atom, with the first reason; kernel extents left out."""
+        found: list[tuple[Place, Reason]] = []
+        for name, axes in self.tensors.items():
+            if isinstance(get_attribute(self.graph.module, name), torch.nn.Parameter):
+                for dim, axis in enumerate(axes):
+                    reason = next((leaf.frozen for leaf in leaves(axis) if leaf.frozen is not None), None)
+                    if reason is not None and reason.text != KERNEL:
+                        found.append((Place(name, dim, axis), reason))
+        return found
 
     def axes(self, node: fx.Node) -> Axes:
         """Return the axes of a node that yields one tensor."""

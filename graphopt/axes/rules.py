@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 
 from graphopt.axes.algebra import ONE, Axis, concat, is_frozen, product
-from graphopt.axes.infer import Axes, Typer
+from graphopt.axes.infer import KERNEL, Axes, Typer
 
 
 def broadcast(t: Typer, *operands: Axes) -> Axes:
@@ -150,7 +150,7 @@ def convolution(
     spatial = len(weight) - 2
     batch, channels = x[: -spatial - 1], x[-spatial - 1]
     for kernel in weight[2:]:
-        t.freeze(kernel, "a kernel's extent")
+        t.freeze(kernel, KERNEL)
     count: Axis = ONE
     if groups == 1:
         inner, out = (weight[0], weight[1]) if transposed else (weight[1], weight[0])
@@ -170,9 +170,17 @@ def convolution(
         t.mark(weight[0], "channels in each conv group")
     if bias is not None:
         t.unify(bias[0], out)
-    places = t.opaque(out_shape[-spatial:], "a spatial dimension")
+    places = [_place(t, *each) for each in zip(x[-spatial:], weight[2:], out_shape[-spatial:], strict=True)]
     t.multiply(*batch, *(x[-spatial:] if transposed else places), *weight)
     return ConvAxes((*batch, out, *places), count)
+
+
+def _place(t: Typer, before: Axis, kernel: Axis, size: int) -> Axis:
+    """Pass a spatial axis through a kernel of extent one; any larger kernel mixes its positions."""
+    if kernel is ONE and before.size == size:
+        return before
+    t.freeze(before, "a spatial dimension")
+    return t.fixed(size, "a spatial dimension")
 
 
 def reshape(t: Typer, x: Axes, sizes: Sequence[int]) -> Axes:

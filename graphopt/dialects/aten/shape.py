@@ -318,6 +318,16 @@ def _unfold(t: Typer, call: Call) -> Value:
     return (*x[:dim], t.fixed(shape[dim], "windows"), *x[dim + 1 :], t.fixed(shape[-1], "a window"))
 
 
+def _gate(t: Typer, call: Call) -> Value:
+    """``a * sigmoid(b)`` of the two halves ``a | b``: the halves share their indices."""
+    x = t[call["self"]]
+    dim = call["dim"] % len(x)
+    half = x[dim].size // 2
+    first, second = sections(t, x, dim, [half, half])
+    t.unify(first[dim], second[dim])
+    return first
+
+
 # -- channels into space and back -----------------------------------------------------------------------------------
 
 
@@ -391,6 +401,7 @@ OPERATORS: dict[Any, Operator] = {
     aten.slice.Tensor: Operator(_slice, zeros_of_first, _resize_slice),
     aten.narrow.default: Operator(_narrow, zeros_of_first, _resize_narrow),
     **table(Operator(_pad, _zeros_of_pad), "pad.default", "constant_pad_nd.default"),
+    aten.glu.default: Operator(_gate, zeros_of_first),
     aten.roll.default: _shift("rolled along it", "dims"),
     aten.flip.default: _shift("reversed along it", "dims"),
     **table(Operator(_triangle, zeros_of_first), "tril.default", "triu.default", "tril_.default", "triu_.default"),
