@@ -161,6 +161,23 @@ def leaves(axis: Axis) -> Iterator[Atom]:
             yield from leaves(p)
 
 
+def paired(axis: Axis) -> set[Atom]:
+    """Return the atoms that occur in two factors of one product, so that a position has two of their indices."""
+    if isinstance(axis, Atom):
+        return paired(axis.bound) if axis.bound is not None else set()
+    if isinstance(axis, Concat):
+        return set().union(*map(paired, axis.parts))
+    assert isinstance(axis, Product)
+    found: set[Atom] = set()
+    seen: set[Atom] = set()
+    for f in axis.factors:
+        found |= paired(f)
+        inside = set(leaves(f))
+        found |= seen & inside
+        seen |= inside
+    return found
+
+
 def freeze(axis: Axis, reason: Reason) -> None:
     """Mark every atom of ``axis`` as one that must stay whole; the first reason stays."""
     for leaf in leaves(axis):
@@ -378,7 +395,8 @@ def kept_positions(axis: Axis, keep: Mapping[Atom, Indices]) -> Indices:
 def index_at(axis: Axis, wanted: Atom) -> Indices:
     """Return, for each position of ``axis``, which index of ``wanted`` it belongs to; -1 where to none.
 
-    Where the atom occurs twice in one product the first occurrence counts; inference never leaves such an axis free.
+    Where the atom occurs twice in one product (an index paired with itself) the first occurrence counts; inference
+    freezes the atoms of such axes (see :func:`paired`).
     """
     if isinstance(axis, Atom):
         if axis.bound is not None:

@@ -421,6 +421,10 @@ def _groups(typer: Typer, tensors: Mapping[str, Axes]) -> list[Group]:
     places: dict[Atom, list[Place]] = {}
     owned: set[Atom] = set()
     for name, axes in tensors.items():
+        for axis in axes:
+            for leaf in algebra.paired(axis):
+                algebra.freeze(leaf, Reason("an index is paired with itself", name))
+    for name, axes in tensors.items():
         is_parameter = isinstance(get_attribute(typer.graph.module, name), torch.nn.Parameter)
         for dim, axis in enumerate(axes):
             for leaf in dict.fromkeys(leaves(axis)):

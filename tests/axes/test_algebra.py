@@ -59,7 +59,7 @@ def test_products_are_matched_factor_by_factor() -> None:
     unify(product([heads, dim]), product([rows, inner]))
     resolved = resolve(inner)
     assert [leaf.size for leaf in leaves(resolved)] == [3, 4]
-    assert list(leaves(resolved))[1] is dim
+    assert list(leaves(resolved))[1:] == list(leaves(dim))
     assert [leaf.size for leaf in leaves(heads)] == [2, 3]
 
 
@@ -77,8 +77,8 @@ def test_concatenations_are_cut_where_boundaries_differ() -> None:
     q, k, v = atom(4), atom(2), atom(2)
     head, tail = atom(6), atom(2)
     unify(concat([q, k, v]), concat([head, tail]))
-    assert list(leaves(head)) == [q, k]
-    assert resolve(tail) is v or resolve(v) is tail
+    assert list(leaves(head)) == [*leaves(q), *leaves(k)]
+    assert list(leaves(tail)) == list(leaves(v))
 
 
 def test_concatenated_halves_that_meet_a_grid_share_their_indices() -> None:
