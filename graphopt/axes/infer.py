@@ -404,13 +404,9 @@ def _solve(typer: Typer, operators: Mapping[Any, Operator]) -> Typing:
     for node, atoms in normalising.items():
         for each in atoms:
             names.setdefault(each, []).append(node.name)
-    roles: dict[Atom, str] = {}
-    for axis, role in typer.roles:
-        for leaf in leaves(axis):
-            roles.setdefault(leaf, role)
+    _name(groups, typer.roles)
     for group in groups:
         group.normalised = tuple(names.get(group.atom, ()))
-        group.role = roles.get(group.atom, group.role)
     return Typing(
         typer.graph, tensors, values, macs, typer.facts, groups, typer.unknown, normalising, operators
     )
@@ -433,6 +429,24 @@ def _groups(typer: Typer, tensors: Mapping[str, Axes]) -> list[Group]:
                     if is_parameter:
                         owned.add(leaf)
     return [Group(str(found[0]), a, a.size, tuple(found)) for a, found in places.items() if a in owned]
+
+
+def _name(groups: Sequence[Group], marks: Sequence[tuple[Axis, str]]) -> None:
+    """Give each group its role, and a name of its own where several groups share their first place."""
+    roles: dict[Atom, dict[str, None]] = {}
+    for axis, role in marks:
+        for leaf in leaves(axis):
+            roles.setdefault(leaf, {})[role] = None
+    sharing: dict[str, list[Group]] = {}
+    for group in groups:
+        found = list(roles.get(group.atom, ()))
+        group.role = "head dim" if {"qk dim", "v dim"} <= set(found) else found[0] if found else group.role
+        sharing.setdefault(group.name, []).append(group)
+    for name, several in sharing.items():
+        if len(several) > 1:
+            for number, group in enumerate(several):
+                twins = [g for g in several if g.role == group.role]
+                group.name = f"{name} {group.role}" + (f" {number}" if len(twins) > 1 else "")
 
 
 def _normalising(
