@@ -3,8 +3,17 @@
 What may live here: the graph container, the type of a value (:class:`TensorSpec`), the module class that can
 train, and the reading view of one operator (:class:`Call`). Nothing here knows axes, costs or passes.
 
-Every tensor, list or integer a node produces is described by ``node.meta["spec"]``. It replaces fake tensors:
-it is cheap to rewrite when sizes change, and it needs no shape environment.
+Nodes carry plain, immutable facts, so that copying a graph copies references:
+
+``node.meta["spec"]``
+    what the node yields, as :data:`Spec`. It replaces fake tensors: it is cheap to rewrite when sizes change, and it
+    needs no shape environment.
+``node.meta["owner"]``
+    the fully qualified name of the module of the original whose ``forward`` called the operator ("" is the root).
+``node.meta["train_arguments"]``
+    the arguments that differ in training, see :class:`TraceModule`.
+``node.meta["fixed"]``
+    on an input that is no tensor: the value that capture saw and built in.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Final, Self
 
 import torch
@@ -23,6 +33,7 @@ from torch.fx.graph import _PyTreeCodeGen
 SPEC: Final = "spec"
 MODE: Final = "train_arguments"
 OWNER: Final = "owner"
+FIXED: Final = "fixed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +72,16 @@ class TraceModule(fx.GraphModule):
     Capture records evaluation mode. A node whose arguments differ in training (batch norm, dropout, attention
     dropout) carries them in ``node.meta["train_arguments"]`` as ``{argument: (eval value, train value)}``, where the
     argument is a position or, for keyword arguments, a name; :meth:`train` puts the right ones in place.
+    ``meta["counters"]`` maps the name of a batch counter (``num_batches_tracked``) to the number of steps a call
+    in training mode advances it by.
 
-    ``meta["counters"]`` maps the name of a batch counter (``num_batches_tracked``) to how often a training call
-    advances it. ``meta["fixed"]`` lists what the graph was specialised to, as :class:`Fixed`; a call that differs
-    is refused, because the graph would compute something else than the original.
+    A call is refused with :class:`ValueError` where it differs from what the graph was specialised to: the size of a
+    static input dimension, or the value of an input that is no tensor. The graph would compute something else than
+    the original.
 
-    The code is generated at the first call after an edit, not at every edit: a chain of passes pays for it once.
-    Parameters and buffers which the graph does not read are kept, here and in copies.
+    Code is generated at the first call after an edit, not at every edit: a chain of passes pays for it once. Tensors
+    that the graph does not read are kept, here and in copies. Moving the module to another device moves the
+    tensors that the graph itself creates, too.
     """
 
     def train(self, mode: bool = True) -> Self:
@@ -88,7 +102,7 @@ class TraceModule(fx.GraphModule):
         super().train(mode)
         return self
 
-    def recompile(self) -> None:  # type: ignore[override]  # the code does not exist yet, so there is none to return
+    def recompile(self) -> None:  # type: ignore[override]  # there is no code yet that could be returned
         """Forget the generated code; the next call generates it anew."""
         cls = type(self)
         if "forward" in vars(cls):
@@ -98,50 +112,119 @@ class TraceModule(fx.GraphModule):
             self._in_spec = codegen.pytree_info.in_spec
             self._out_spec = codegen.pytree_info.out_spec
 
-    def _compiled(self) -> Self:
+    def _generated(self) -> Self:
         if "forward" not in vars(type(self)):
             super().recompile()
         return self
 
     @property
-    def forward(self) -> Any:  # type: ignore[override]  # generated on demand, then found on the instance's own class
+    def forward(self) -> Any:  # type: ignore[override]  # found here until generated, then on the instance's own class
         """The generated function."""
-        return vars(type(self._compiled()))["forward"].__get__(self)
+        return vars(type(self._generated()))["forward"].__get__(self)
 
     @property
     def code(self) -> str:
         """The generated Python text."""
-        return super(TraceModule, self._compiled()).code
+        return super(TraceModule, self._generated()).code
 
     def __str__(self) -> str:
-        return super(TraceModule, self._compiled()).__str__()
+        return super(TraceModule, self._generated()).__str__()
 
-    def replica(self, tensor: Callable[[torch.Tensor], torch.Tensor] = lambda t: t) -> TraceModule:
-        """Copy the structure; ``tensor`` says what stands for each tensor (by default, the tensor itself)."""
+    def enter(self, *inputs: Any) -> None:
+        """Start a call: refuse inputs the graph was not made for, advance the batch counters (generated code calls it).
+
+        Args:
+            inputs: the leaves of the call's inputs, in the order of the graph's placeholders.
+        """
+        for node, value in zip(self.graph.find_nodes(op="placeholder"), inputs, strict=True):
+            if FIXED in node.meta:
+                _check_fixed(node, value)
+            elif isinstance(spec := node.meta.get(SPEC), TensorSpec):
+                _check_tensor(node, spec, value)
+        if self.training:
+            for name, steps in self.meta.get("counters", {}).items():
+                get_attribute(self, name).add_(steps)
+
+    def replica(self, tensor: Callable[[torch.Tensor], torch.Tensor] | None = None) -> TraceModule:
+        """Copy the structure; ``tensor`` says what takes the place of each tensor (by default, the tensor itself)."""
         graph = fx.Graph()
         values: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self.graph, values))
-        for old, new in zip(self.graph.nodes, graph.nodes, strict=True):
-            new.meta = dict(old.meta)
+        graph.output(graph.graph_copy(self.graph, values)).meta = dict(self.graph.output_node().meta)
         graph.set_codegen(self.graph._codegen)
         module = TraceModule(nn.Module(), fx.Graph(), type(self).__name__)
         _replicate(self, module, tensor)
         module.graph = graph
-        module.meta = {key: value.copy() if isinstance(value, dict | list) else value for key, value in self.meta.items()}
+        module.meta = {k: v.copy() if isinstance(v, dict | list) else v for k, v in self.meta.items()}
         return module
 
     def __copy__(self) -> TraceModule:
         return self.replica()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TraceModule:
-        module = self.replica(lambda tensor: copy.deepcopy(tensor, memo))
-        memo[id(self)] = module
+        module = memo[id(self)] = self.replica(lambda tensor: copy.deepcopy(tensor, memo))
         return module
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a captured model is not pickled: save module.state_dict(), or the whole model with torch.export.save"
+            "a captured model cannot be pickled: save module.state_dict(), or the whole of it with "
+            "torch.export.save(torch.export.export(module, inputs), path)"
         )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        before = next(chain(self.parameters(), self.buffers()), None)
+        old = before.device if before is not None else None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = next(chain(self.parameters(), self.buffers()), None)
+        if old is not None and after is not None and after.device != old:
+            self._move_created(old, after.device)
+        return self
+
+    def _move_created(self, old: torch.device, new: torch.device) -> None:
+        def moved(value: Any) -> Any:
+            return new if isinstance(value, torch.device) and value == old else value
+
+        changed = False
+        for node in self.graph.nodes:
+            args, kwargs = tuple(map(moved, node.args)), {k: moved(v) for k, v in node.kwargs.items()}
+            if args != node.args or kwargs != node.kwargs:
+                node.args, node.kwargs, changed = args, kwargs, True
+        if changed:
+            self.recompile()
+
+
+class TraceCodeGen(_PyTreeCodeGen):
+    """Generate a function with the original's signature and nested results, which starts with ``self.enter``."""
+
+    def gen_var_bindings(self, fn_args: list[str], free_vars: list[str], expanded_def: bool) -> str:
+        """Unpack the inputs into the graph's placeholders and hand them to :meth:`TraceModule.enter`."""
+        names = [variable.split(":")[0].split("#")[0].strip() for variable in free_vars]
+        bindings = super().gen_var_bindings(fn_args, free_vars, expanded_def)
+        return f"{bindings}\n    self.enter({', '.join(names)})"
+
+
+def _check_fixed(node: fx.Node, value: Any) -> None:
+    fixed = node.meta[FIXED]
+    if value is not fixed and (type(value) is not type(fixed) or value != fixed):
+        raise ValueError(
+            f"input {node.name} was captured as {fixed!r}, which is built into the graph; found {value!r}: "
+            "capture the model again with this value"
+        )
+
+
+def _check_tensor(node: fx.Node, spec: TensorSpec, value: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"input {node.name} must be a tensor as it was at capture ({spec}); found {type(value).__name__}"
+        )
+    if value.dim() != len(spec.shape):
+        raise ValueError(f"input {node.name} must have {len(spec.shape)} dimensions as at capture; found {value.dim()}")
+    for dimension, (size, captured, dynamic) in enumerate(zip(value.shape, spec.shape, spec.dynamic, strict=True)):
+        if not dynamic and size != captured:
+            raise ValueError(
+                f"input {node.name} was captured with size {captured} in dimension {dimension}, which is built into "
+                f"the graph; found {size}: capture the model again with this dimension named in `dynamic`, "
+                "or with inputs of this size"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +242,9 @@ class Argument:
 def _schema(target: Any) -> dict[str, Argument]:
     arguments = target._schema.arguments
     return {
-        a.name: Argument(a.name, i, a.default_value if a.has_default_value() else None, a.has_default_value(), a.kwarg_only)
+        a.name: Argument(
+            a.name, i, a.default_value if a.has_default_value() else None, a.has_default_value(), a.kwarg_only
+        )
         for i, a in enumerate(arguments)
     }
 
@@ -288,6 +373,11 @@ class Graph:
         """Print the graph, a line a node, with types: the form golden tests and dumps use."""
         return "\n".join(_lines(self.module.graph))
 
+    @property
+    def training(self) -> bool:
+        """The mode the original was in when it was captured; the graph itself is always captured in evaluation mode."""
+        return bool(self.module.meta.get("training", False))
+
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model without gradients."""
         with torch.no_grad():
@@ -321,21 +411,24 @@ def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         module.register_buffer(last, tensor, persistent=persistent)
 
 
-def _replicate(source: nn.Module, target: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    # Writes the dictionaries that register_* would, without their checks: these run a thousand times a copy.
-    def replaced(found: Mapping[str, Any]) -> dict[str, Any]:
+def _replicate(source: nn.Module, target: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+    # Writes the dictionaries that register_* would, without their checks: a large model has a thousand modules.
+    def replaced(found: dict[str, Any]) -> dict[str, Any]:
+        if tensor is None:
+            return dict(found)
         return {name: None if value is None else tensor(value) for name, value in found.items()}
 
-    target._parameters = replaced(source._parameters)
-    target._buffers = replaced(source._buffers)
-    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
-    target.training = source.training
-    for name, child in source._modules.items():
-        if child is None or isinstance(child, fx.GraphModule):
-            target._modules[name] = child
+    of, to = vars(source), vars(target)
+    to["_parameters"] = replaced(of["_parameters"])
+    to["_buffers"] = replaced(of["_buffers"])
+    to["_non_persistent_buffers_set"] = set(of["_non_persistent_buffers_set"])
+    to["training"] = of["training"]
+    for name, child in of["_modules"].items():
+        if child is None or isinstance(child, fx.GraphModule):  # the body of a higher-order operator
+            to["_modules"][name] = child
         else:
-            target._modules[name] = nn.Module()
-            _replicate(child, target._modules[name], tensor)
+            part = to["_modules"][name] = nn.Module()
+            _replicate(child, part, tensor)
 
 
 def _lines(graph: fx.Graph) -> Iterator[str]:

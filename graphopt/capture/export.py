@@ -1,26 +1,64 @@
-"""Run ``torch.export`` on a copy that shares the model's tensors."""
+"""Run ``torch.export`` without touching the model, and say in plain words why it failed."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
+import io
+import logging
+import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import Dim, ExportedProgram, ShapesCollection, register_dataclass
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from graphopt.capture.inputs import Dynamic, Inputs
 from graphopt.errors import CaptureError
 
+_LIBRARY: Final = Path(torch.__file__).parent
+_HERE: Final = Path(__file__).parent
+_CHATTY: Final = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch.fx")
 
-def structural_copy(model: nn.Module) -> nn.Module:
-    """Copy the modules and everything they hold but tensors, which are shared."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _held(model)})
+
+class UndecidableError(CaptureError):
+    """Say that a model decides by the values of tensors, so that no choice of dynamic dimensions makes it a graph."""
 
 
-def _held(model: nn.Module) -> Iterator[torch.Tensor]:
+@contextlib.contextmanager
+def working_copy(model: nn.Module) -> Iterator[nn.Module]:
+    """Lend a copy of ``model`` that can be switched, traced and thrown away.
+
+    The copy has its own modules and attributes and the model's tensors. A model that cannot be copied is lent
+    itself, and gets back every attribute of its modules afterwards.
+    """
+    duplicate = _structural_copy(model)
+    if duplicate is not None:
+        yield duplicate
+        return
+    kept = [(part, _attributes(part)) for part in model.modules()]
+    try:
+        yield model
+    finally:
+        for part, attributes in kept:
+            vars(part).clear()
+            vars(part).update(attributes)
+
+
+def _structural_copy(model: nn.Module) -> nn.Module | None:
+    try:
+        return copy.deepcopy(model, {id(tensor): tensor for tensor in _held_tensors(model)})
+    except Exception:  # noqa: BLE001  # whatever the attributes of a model raise when they are copied
+        return None
+
+
+def _held_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for part in model.modules():
         for value in vars(part).values():
             for leaf in pytree.tree_leaves(value):
@@ -28,14 +66,110 @@ def _held(model: nn.Module) -> Iterator[torch.Tensor]:
                     yield leaf
 
 
-def run_export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Mapping[int, set[int]]
-) -> ExportedProgram:
-    """Export ``model``, which must be in evaluation mode; ``dynamic`` is keyed by position among the input's leaves."""
+def _attributes(part: nn.Module) -> dict[str, Any]:
+    return {
+        name: value.copy() if name in ("_parameters", "_buffers", "_modules") else value
+        for name, value in vars(part).items()
+    }
+
+
+def run_export(model: nn.Module, inputs: Inputs, dynamic: Dynamic) -> ExportedProgram:
+    """Export ``model`` in the mode it is in; every input dimension in ``dynamic`` varies unless the model fixes it.
+
+    Raises:
+        CaptureError: if the model cannot be exported; the cause is chained.
+    """
+    args, kwargs = inputs
     shapes = ShapesCollection()
-    for position, leaf in enumerate(pytree.tree_leaves((args, kwargs))):
-        if dynamic.get(position):
-            shapes[leaf] = {d: Dim.AUTO for d in dynamic[position]}
-    with warnings.catch_warnings(), torch.enable_grad():
+    for position, leaf in enumerate(pytree.tree_leaves(inputs)):
+        if isinstance(leaf, torch.Tensor) and dynamic.get(position):
+            shapes[leaf] = dict.fromkeys(dynamic[position], Dim.AUTO)
+        elif _is_dataclass(leaf):
+            _register(leaf)
+    hook = model.register_forward_hook(lambda _module, _args, output: _register(output))
+    try:
+        with quiet(), torch.enable_grad(), torch.autocast("cpu", enabled=False), _fused_encoder(enabled=False):
+            return torch.export.export(
+                model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs), strict=False
+            )
+    except Exception as error:  # torch.export raises whatever the model's own code raises
+        undecidable = any(isinstance(cause, GuardOnDataDependentSymNode) for cause in _causes(error))
+        raise (UndecidableError if undecidable else CaptureError)(in_plain_words(model, error)) from error
+    finally:
+        hook.remove()
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _register(value: Any) -> None:
+    """Teach pytrees every dataclass in ``value``, so that it comes back as what it was."""
+    for leaf in pytree.tree_leaves(value):
+        if _is_dataclass(leaf) and type(leaf) not in pytree.SUPPORTED_NODES:
+            register_dataclass(type(leaf), serialized_type_name=f"{type(leaf).__module__}.{type(leaf).__qualname__}")
+            for field in dataclasses.fields(leaf):
+                _register(getattr(leaf, field.name))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence torch's logging and warnings: they are repeated in the error, or say nothing about the result."""
+    levels = {name: logging.getLogger(name).level for name in _CHATTY}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs), strict=False)
+        for name in levels:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@contextlib.contextmanager
+def _fused_encoder(*, enabled: bool) -> Iterator[None]:
+    # Where no parameter needs a gradient, nn.TransformerEncoderLayer is one fused operator, which could not train.
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def in_plain_words(model: nn.Module, error: BaseException) -> str:
+    """Say why ``model`` does not export, at which line of its code, and what can be done."""
+    name, where = type(model).__name__, _place(error)
+    if any(isinstance(cause, GuardOnDataDependentSymNode) for cause in _causes(error)):
+        return (
+            f"{name} makes a decision or a size from the values of a tensor{where}. A graph has one way through and "
+            "sizes that follow from the input sizes: decide by shapes or attributes, compute both sides and choose "
+            "with torch.where, or leave this part out of forward"
+        )
+    message = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    if "not a known type" in message or "Unsupported" in message or "nsupported input type" in message:
+        return (
+            f"{name} takes or returns a value that has no tensors a graph could see{where}: {message}. Return tensors, "
+            "tuples, dicts or dataclasses, or register the type with torch.utils._pytree.register_pytree_node"
+        )
+    return (
+        f"{name} cannot be exported{where}: {type(error).__name__}: {message}. Check that the model runs on these "
+        "inputs in evaluation mode; `torch.export.export(model, args, kwargs, strict=False)` shows the whole error"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of the traceback that is neither torch's nor ours, as ``" at file:line (`code`)"``."""
+    for cause in _causes(error):
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            path = Path(frame.filename)
+            if not (path.is_relative_to(_LIBRARY) or path.is_relative_to(_HERE) or frame.filename.startswith("<")):
+                return f" at {frame.filename}:{frame.lineno} (`{frame.line}`)"
+    return ""
