@@ -51,7 +51,8 @@ class Sorted(nn.Module):
     """Makes two tensors in one operator and uses one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.topk(x, 2, dim=1).values + 1
+        result: Tensor = torch.topk(x, 2, dim=1).values + 1
+        return result
 
 
 def test_an_operator_with_several_results_allocates_them_all() -> None:
@@ -66,7 +67,8 @@ class Late(nn.Module):
         view = first.t()
         second = torch.tanh(x)
         third = torch.sigmoid(second)
-        return view + third.t()
+        result: Tensor = view + third.t()
+        return result
 
 
 def test_an_allocation_lives_until_its_last_view_is_read() -> None:

@@ -36,7 +36,8 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
         y = self.outer(torch.relu(self.grouped(self.inner(x)))) + x
-        return self.classifier(torch.cat([x, y], 1).mean((2, 3)))
+        result: Tensor = self.classifier(torch.cat([x, y], 1).mean((2, 3)))
+        return result
 
 
 class Attention(nn.Module):
@@ -54,7 +55,8 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).view(n, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         y = scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1)
         x = x + self.proj(y)
-        return x + self.mlp(x)
+        result: Tensor = x + self.mlp(x)
+        return result
 
 
 class Tied(nn.Module):
@@ -68,7 +70,8 @@ class Tied(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.inner(self.embed(x)))
+        result: Tensor = self.head(self.inner(self.embed(x)))
+        return result
 
 
 SMALL = {
@@ -147,7 +150,8 @@ class Chain(nn.Module):
         self.a, self.b, self.c = nn.Linear(3, 50), nn.Linear(50, 40), nn.Linear(40, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c(torch.relu_(self.b(self.a(x))))
+        result: Tensor = self.c(torch.relu_(self.b(self.a(x))))
+        return result
 
 
 def test_activations_are_counted_as_they_are_allocated_and_freed() -> None:

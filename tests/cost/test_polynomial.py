@@ -1,5 +1,6 @@
 """Polynomials against sums written out."""
 
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 
@@ -18,18 +19,18 @@ terms = st.dictionaries(monomials, st.integers(1, 50), max_size=6)
 sizes = st.lists(st.integers(1, 40), min_size=VARIABLES, max_size=VARIABLES)
 
 
-def written_out(polynomial: Terms, at: list[float]) -> float:
+def written_out(polynomial: Terms, at: Sequence[float]) -> float:
     return float(sum(c * prod(at[v] for v in key) for key, c in polynomial.items()))
 
 
 @given(terms, sizes)
 def test_value_is_the_sum_of_products(polynomial: Terms, at: list[int]) -> None:
-    assert Polynomial.of(polynomial, VARIABLES)(at) == written_out(polynomial, list(at))
+    assert Polynomial.of(polynomial, VARIABLES)(at) == written_out(polynomial, at)
 
 
 @given(terms, terms, sizes)
 def test_product_of_polynomials_is_the_product_of_values(left: Terms, right: Terms, at: list[int]) -> None:
-    assert written_out(multiply(left, right), list(at)) == written_out(left, list(at)) * written_out(right, list(at))
+    assert written_out(multiply(left, right), at) == written_out(left, at) * written_out(right, at)
 
 
 @given(terms, sizes, st.lists(st.integers(-1, 3), min_size=VARIABLES, max_size=VARIABLES))
@@ -37,7 +38,7 @@ def test_changes_are_exact_differences(polynomial: Terms, at: list[int], steps: 
     expected = []
     for v, step in enumerate(steps):
         moved = [s + step * (i == v) for i, s in enumerate(at)]
-        expected.append(written_out(polynomial, moved) - written_out(polynomial, list(at)))
+        expected.append(written_out(polynomial, moved) - written_out(polynomial, at))
     found = Polynomial.of(polynomial, VARIABLES).changes(at, steps)
     assert found == pytest.approx(expected, rel=1e-12, abs=1e-9)
 
@@ -89,14 +90,14 @@ def test_peak_is_the_highest_sum_of_what_is_live(rows: list[tuple[Terms, int, in
     keys = list({key for polynomial, _, _ in rows for key in polynomial})
     cells = [(r, keys.index(k), c) for r, (polynomial, _, _) in enumerate(rows) for k, c in polynomial.items()]
     peak = Peak(
-        PolynomialTable(Monomials(keys, VARIABLES), *zip(*cells, strict=True), len(rows))
-        if cells
-        else PolynomialTable(Monomials(keys, VARIABLES), [], [], [], len(rows)),
+        PolynomialTable(
+            Monomials(keys, VARIABLES), [c[0] for c in cells], [c[1] for c in cells], [c[2] for c in cells], len(rows)
+        ),
         [min(a, b) for _, a, b in rows],
         [max(a, b) for _, a, b in rows],
         Polynomial.of({(0,): 3}, VARIABLES),
     )
-    by_step = [sum(written_out(p, list(at)) for p, a, b in rows if min(a, b) <= t <= max(a, b)) for t in range(6)]
+    by_step = [sum(written_out(p, at) for p, a, b in rows if min(a, b) <= t <= max(a, b)) for t in range(6)]
     assert peak(at) == pytest.approx(max(by_step) + 3 * at[0])
 
 

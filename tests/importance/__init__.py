@@ -1,0 +1,1 @@
+"""Test how indices are scored."""
