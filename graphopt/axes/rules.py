@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from graphopt.axes.algebra import ONE, Axis, concat, is_frozen, product
+from graphopt.axes.algebra import ONE, Axis, Product, concat, is_frozen, product, resolve
 from graphopt.axes.infer import KERNEL, Axes, Typer
 
 
@@ -112,16 +112,13 @@ def attention(t: Typer, q: Axes, k: Axes, v: Axes, mask: Axes | None, *, grouped
     kv = broadcast(t, k[:-2], v[:-2])
     if grouped and q[-3].size != kv[-1].size:
         batch = broadcast(t, q[:-3], kv[:-1])
-        per_kv = q[-3].size // kv[-1].size
-        outer, inner = t.split(q[-3], kv[-1].size)
+        outer, _ = t.split(q[-3], kv[-1].size)
         t.unify(outer, kv[-1])
-        t.mark(inner, f"query heads per kv head ({per_kv})")
-        t.mark(outer, "kv heads")
         batch = (*batch, q[-3])
     else:
         batch = broadcast(t, q[:-2], kv)
-        if len(q) > 3:
-            t.mark(q[-3], "heads")
+    if len(q) > 3:
+        _mark_heads(t, q[-3])
     if mask is not None:
         broadcast(t, mask, (*batch, q[-2], k[-2]))
     t.mark(q[-1], "qk dim")
@@ -129,6 +126,16 @@ def attention(t: Typer, q: Axes, k: Axes, v: Axes, mask: Axes | None, *, grouped
     t.multiply(*batch, q[-2], k[-2], q[-1])
     t.multiply(*batch, q[-2], k[-2], v[-1])
     return (*batch, q[-2], v[-1])
+
+
+def _mark_heads(t: Typer, heads: Axis) -> None:
+    """Query heads that share key heads are ``kv heads x queries of each``, however the sharing was written."""
+    found = resolve(heads)
+    if isinstance(found, Product) and len(found.factors) == 2:
+        t.mark(found.factors[0], "kv heads")
+        t.mark(found.factors[1], "query heads per kv head")
+    else:
+        t.mark(found, "heads")
 
 
 @dataclass(frozen=True, slots=True)
