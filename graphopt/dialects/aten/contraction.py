@@ -49,6 +49,11 @@ def _matmul(t: Typer, call: Call) -> Value:
     first, second = operands(call)
     out, inner = matmul(t, t[first], t[second])
     t.contract(inner, first, second)
+    if len(t[first]) > 2 and len(t[second]) > 2:
+        # Attention written out: scores contract the query width, their product with the values yields the value width.
+        t.mark(out[-3], "heads")
+        t.mark(inner, "qk dim")
+        t.mark(out[-1], "v dim")
     return out
 
 
