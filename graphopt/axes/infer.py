@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import floordiv, mul, sub
 from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.axes import algebra
-from graphopt.axes.algebra import ONE, Atom, Axis, AxisError, Reason, leaves
+from graphopt.axes.algebra import ONE, Atom, Axis, AxisError, Concat, Product, Reason, leaves
 from graphopt.axes.coupling import Group, Place
-from graphopt.graph import Call, Graph, TensorSpec, get_attribute, spec_of
+from graphopt.graph import SPEC, Call, Graph, TensorSpec, get_attribute, spec_of
 
 Axes = tuple[Axis, ...]
 Value = Axes | list["Value"] | None
@@ -61,12 +62,16 @@ class Typing:
     operators: Mapping[Any, Operator]
 
     def frozen(self) -> list[tuple[Place, Reason]]:
-        """Return every parameter dimension that holds a frozen atom, with the first reason; kernel extents left out."""
+        """Return every parameter dimension of which some position cannot go, with the first reason.
+
+        A product is not among them while one of its factors is free: ``heads x head_dim`` can lose heads. Kernel
+        extents and single positions are left out.
+        """
         found: list[tuple[Place, Reason]] = []
         for name, axes in self.tensors.items():
             if isinstance(get_attribute(self.graph.module, name), torch.nn.Parameter):
                 for dim, axis in enumerate(axes):
-                    reason = next((leaf.frozen for leaf in leaves(axis) if leaf.frozen is not None), None)
+                    reason = _rigid(axis)
                     if reason is not None and reason.text != KERNEL:
                         found.append((Place(name, dim, axis), reason))
         return found
@@ -272,29 +277,42 @@ class Resizer:
         """Return a shape entry for ``axis`` in place of ``old``, which may be symbolic; ``-1`` stays."""
         if not self.changed(axis) or (isinstance(old, int) and old == -1):
             return old
-        size = self.size(axis)
         if not isinstance(old, fx.Node):
-            return size
-        if size == axis.size:
-            return old
-        graph = call.node.graph
-        with graph.inserting_before(call.node):
-            scaled = graph.call_function(_floordiv, (graph.call_function(_mul, (old, size)), axis.size))
-        scaled.args[0].meta["spec"] = old.meta["spec"] * size
-        scaled.meta["spec"] = old.meta["spec"] * size // axis.size
-        return scaled
+            return self.size(axis)
+        with call.node.graph.inserting_before(call.node):
+            return self._follow(old, axis)
 
     def entries(self, call: Call, old: Sequence[Any], axes: Sequence[Axis]) -> list[Any]:
         """Return a shape for ``axes`` in place of ``old``, entry by entry."""
         return [self.entry(call, o, a) for o, a in zip(old, axes, strict=True)]
 
+    def _follow(self, old: fx.Node, axis: Axis) -> fx.Node:
+        """Compute the new size of a dynamic ``axis`` from its old one.
 
-def _mul(a: Any, b: Any) -> Any:
-    return a * b
+        A product scales: what varies is one factor, what shrinks another. A concatenation loses positions from some of
+        its parts, whatever the size of the others; where every part shrinks, what varies is a factor of all of them.
+        """
+        axis, size = algebra.resolve(axis), self.size(axis)
+        if isinstance(axis, algebra.Concat) and not all(map(self.changed, axis.parts)):
+            return _computed(sub, old, axis.size - size)
+        return _computed(floordiv, _computed(mul, old, size), axis.size)
 
 
-def _floordiv(a: Any, b: Any) -> Any:
-    return a // b
+def _computed(function: Callable[[int, int], int], symbol: fx.Node, number: int) -> fx.Node:
+    made = symbol.graph.call_function(function, (symbol, number))
+    made.meta[SPEC] = function(symbol.meta[SPEC], number)
+    return made
+
+
+def _rigid(axis: Axis) -> Reason | None:
+    """Return why some position of a solved axis cannot go, or None where all of them can."""
+    if isinstance(axis, Atom):
+        return axis.frozen
+    if isinstance(axis, Product):
+        reasons = [_rigid(f) for f in axis.factors]
+        return None if None in reasons else next(iter(reasons), None)
+    assert isinstance(axis, Concat)
+    return next((r for r in map(_rigid, axis.parts) if r is not None), None)
 
 
 def infer(graph: Graph, operators: Mapping[Any, Operator]) -> Typing:
