@@ -101,7 +101,7 @@ class CostModel:
 
     A vector of sizes has one entry a group, in the order of ``groups``; ``full`` is the one of the graph as it is.
     The quantities are attributes: polynomials ``macs``, ``flops``, ``params``, ``weight_bytes``, ``activation_bytes``,
-    and the maxima of polynomials ``peak_activation_bytes`` and ``memory``.
+    and the maxima of polynomials ``peak_activation_bytes`` and ``memory``. ``names`` lists every name of each tensor.
 
     Args:
         typing: a typed graph. Its axes are read once; later changes of the graph are not seen.
@@ -110,6 +110,7 @@ class CostModel:
     def __init__(self, typing: Typing) -> None:
         self.groups: tuple[Group, ...] = tuple(typing.groups)
         self.index: dict[Atom, int] = {group.atom: i for i, group in enumerate(self.groups)}
+        self.names: dict[str, list[str]] = {name: typing.graph.names(name) for name in typing.tensors}
         self.full: Integers = np.array([group.size for group in self.groups], dtype=np.int64)
         reader = _Reader(self.index)
         tensors = typing.graph.tensors()
