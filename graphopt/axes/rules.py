@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from graphopt.axes.algebra import ONE, Axis, Product, concat, is_frozen, product, resolve
+from graphopt.axes.algebra import ONE, Axis, Concat, Product, concat, is_frozen, product, resolve
 from graphopt.axes.infer import KERNEL, Axes, Typer
 
 
@@ -253,12 +253,29 @@ def sections(t: Typer, x: Axes, dim: int, sizes: Sequence[int]) -> list[Axes]:
     return parts
 
 
+def is_boundary(axis: Axis, position: int) -> bool:
+    """Say whether the structure of ``axis`` has a boundary at ``position``, so that a cut there refines nothing."""
+    axis = resolve(axis)
+    if position in (0, axis.size):
+        return True
+    if isinstance(axis, Product):
+        inner = product(axis.factors[1:])
+        return position % inner.size == 0 and is_boundary(axis.factors[0], position // inner.size)
+    if isinstance(axis, Concat):
+        for part in axis.parts:
+            if position <= part.size:
+                return is_boundary(part, position)
+            position -= part.size
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A slice of an axis: what stands before it, and what it takes."""
+    """A slice of an axis: what stands before it, what it takes, and what stands after."""
 
     before: Axis
     taken: Axis
+    after: Axis
 
 
 def window(t: Typer, axis: Axis, start: int, stop: int, step: int) -> Window:
@@ -268,17 +285,17 @@ def window(t: Typer, axis: Axis, start: int, stop: int, step: int) -> Window:
     """
     if step == 1 and not is_frozen(axis):
         head, rest = t.cut(axis, start)
-        taken, _ = t.cut(rest, stop - start)
-        return Window(head, taken)
+        taken, tail = t.cut(rest, stop - start)
+        return Window(head, taken, tail)
     length = max(0, -(-(stop - start) // step))
     if not is_frozen(axis):
         whole = stop == axis.size and start < step and axis.size % step == 0
         if whole:
             rows, column = t.split(axis, axis.size // step)
             t.freeze(column, "a stride takes one position of it")
-            return Window(ONE, rows)
+            return Window(t.fixed(0, "empty"), rows, t.fixed(0, "empty"))
         t.freeze(axis, "a slice with a stride")
-    return Window(ONE, t.fixed(length, "part of a frozen axis"))
+    return Window(t.fixed(0, "empty"), t.fixed(length, "part of a frozen axis"), t.fixed(0, "empty"))
 
 
 def spread(t: Typer, x: Axes, sizes: Sequence[int], dynamic: Sequence[bool]) -> Axes:

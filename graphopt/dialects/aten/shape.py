@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.axes.algebra import ONE, Axis, is_frozen, product
+from graphopt.axes.algebra import ONE, Axis, concat, is_frozen, product
 from graphopt.axes.infer import NO_ATOMS, Atoms, Operator, Resizer, Typer, Value, Zeros
-from graphopt.axes.rules import Window, drop, join, pad, permute, reshape, sections, spread, tile, window
+from graphopt.axes.rules import Window, drop, is_boundary, join, pad, permute, reshape, sections, spread, tile, window
 from graphopt.dialects.aten.common import dims_of, hints, table, zeros_of_first
 from graphopt.graph import Call, hint, tensor_spec
 
@@ -28,7 +30,7 @@ def _resize_view(name: str) -> Any:
     """Rewrite the shape; a strict view becomes a reshape, for a sliced tensor may have other strides."""
 
     def resize(r: Resizer, call: Call) -> None:
-        shape = r.entries(call, call[name], r.axes(call.node))
+        shape = _new_shape(r, call, call[name], r.axes(call.node))
         if call.node.target in (aten.view.default, aten._unsafe_view.default):
             source = call.node.args[0]
             call.node.target = aten.reshape.default
@@ -38,6 +40,14 @@ def _resize_view(name: str) -> Any:
             call[name] = shape
 
     return resize
+
+
+def _new_shape(r: Resizer, call: Call, old: Sequence[Any], axes: Sequence[Axis]) -> list[Any]:
+    """Return the shape of a view; a single dynamic entry that shrinks is left to be found from the others."""
+    shrinking = [i for i, (o, a) in enumerate(zip(old, axes, strict=True)) if isinstance(o, fx.Node) and r.changed(a)]
+    if len(shrinking) == 1 and not any(isinstance(o, int) and o == -1 for o in old):
+        old = [-1 if i in shrinking else o for i, o in enumerate(old)]
+    return r.entries(call, old, axes)
 
 
 def _unflatten_resize(r: Resizer, call: Call) -> None:
@@ -175,12 +185,22 @@ def _part_sizes(call: Call, dim: int) -> list[int]:
     return [part.shape[dim] for part in spec]
 
 
+def _check_cuts(t: Typer, call: Call, axis: Axis, dim: int, positions: Iterable[int]) -> None:
+    """Freeze a dynamic dimension that is cut elsewhere than where it was joined.
+
+    Where such a cut falls among the indices is known for the example's sizes alone.
+    """
+    if call.spec("self").dynamic[dim] and not all(is_boundary(axis, p) for p in positions):
+        t.freeze(axis, "a dynamic dimension is cut")
+
+
 def _split(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
     sizes = _part_sizes(call, dim)
     if is_frozen(x[dim]):
         return [(*x[:dim], t.fixed(n, "part of a frozen axis"), *x[dim + 1 :]) for n in sizes]
+    _check_cuts(t, call, x[dim], dim, accumulate(sizes))
     return list(sections(t, x, dim, sizes))
 
 
@@ -193,9 +213,18 @@ def _resize_split(r: Resizer, call: Call) -> None:
     axes: list[Axis] = [part[dim] for part in parts if isinstance(part, tuple)]
     if not any(r.changed(a) for a in axes):
         return
-    source = call["self"]
+    source, sizes = call["self"], [r.size(a) for a in axes]
+    if any(part.dynamic[dim] for part in call.node.meta["spec"]):
+        given = next((call[name] for name in ("split_sizes", "split_size") if call.has(name)), None)
+        if isinstance(given, list | tuple):
+            sizes = r.entries(call, given, axes)
+        else:
+            # Equal parts of a dynamic axis: they are as many for any batch, and shrink alike.
+            if given is not None:
+                call["split_size"] = r.entry(call, given, axes[0])
+            return
     call.node.target = aten.split_with_sizes.default
-    call.node.args = (source, [r.size(a) for a in axes], dim)
+    call.node.args = (source, sizes, dim)
     call.node.kwargs = {}
 
 
@@ -239,39 +268,52 @@ def _slice(t: Typer, call: Call) -> Value:
     start, stop, step = _bounds(call, x[dim].size)
     if (start, stop, step) == (0, x[dim].size, 1):
         return x
+    _check_cuts(t, call, x[dim], dim, (start, stop))
     part = window(t, x[dim], start, stop, step)
     t.facts[call.node] = part
     return (*x[:dim], part.taken, *x[dim + 1 :])
 
 
 def _resize_slice(r: Resizer, call: Call) -> None:
+    """Move the bounds. One that lies at or beyond the end, as an open one does, still does when the axis shrinks."""
     part = r.fact
     if not isinstance(part, Window):
-        x = r.axes(call["self"])[call["dim"] % len(r.axes(call["self"]))]
-        if r.changed(x):
-            call["start"], call["end"] = 0, r.size(x)
         return
     step = hint(call["step"])
-    if step == 1 and (r.changed(part.before) or r.changed(part.taken)):
-        start = r.size(part.before)
-        call["start"], call["end"] = start, start + r.size(part.taken)
-    elif step != 1 and r.changed(part.taken):
+    if step == 1:
+        call["start"] = _moved(r, call, call["start"], [part.before], [part.taken, part.after])
+        call["end"] = _moved(r, call, call["end"], [part.before, part.taken], [part.after])
+    elif r.changed(part.taken):
         call["end"] = hint(call["start"] or 0) + r.size(part.taken) * step
+
+
+def _moved(r: Resizer, call: Call, bound: Any, below: list[Axis], above: list[Axis]) -> Any:
+    """Return a slice's bound, which may count from the end, when ``below`` and ``above`` it stand these axes."""
+    if isinstance(bound, int) and bound < 0:
+        return -sum(map(r.size, above)) if any(map(r.changed, above)) else bound
+    if bound is None or (isinstance(bound, int) and not any(a.size for a in above)):
+        return bound
+    return r.entry(call, bound, concat(below))
 
 
 def _narrow(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
     start = hint(call["start"]) % x[dim].size
-    part = window(t, x[dim], start, start + hint(call["length"]), 1)
+    stop = start + hint(call["length"])
+    _check_cuts(t, call, x[dim], dim, (start, stop))
+    part = window(t, x[dim], start, stop, 1)
     t.facts[call.node] = part
     return (*x[:dim], part.taken, *x[dim + 1 :])
 
 
 def _resize_narrow(r: Resizer, call: Call) -> None:
     part = r.fact
-    if r.changed(part.before) or r.changed(part.taken):
-        call["start"], call["length"] = r.size(part.before), r.size(part.taken)
+    if not (isinstance(call["start"], int) and call["start"] < 0):
+        call["start"] = r.entry(call, call["start"], part.before)
+    elif r.changed(part.taken) or r.changed(part.after):
+        call["start"] = -r.size(part.taken) - r.size(part.after)
+    call["length"] = r.entry(call, call["length"], part.taken)
 
 
 def _pad(t: Typer, call: Call) -> Value:
