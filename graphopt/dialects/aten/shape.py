@@ -289,11 +289,22 @@ def _resize_slice(r: Resizer, call: Call) -> None:
 
 def _moved(r: Resizer, call: Call, bound: Any, below: list[Axis], above: list[Axis]) -> Any:
     """Return a slice's bound, which may count from the end, when ``below`` and ``above`` it stand these axes."""
-    if isinstance(bound, int) and bound < 0:
-        return -sum(map(r.size, above)) if any(map(r.changed, above)) else bound
+    if bound is not None and hint(bound) < 0:
+        if not any(map(r.changed, above)):
+            return bound
+        return _negated(call, r.entry(call, _negated(call, bound), concat(above)))
     if bound is None or (isinstance(bound, int) and not any(a.size for a in above)):
         return bound
     return r.entry(call, bound, concat(below))
+
+
+def _negated(call: Call, number: Any) -> Any:
+    if not isinstance(number, fx.Node):
+        return -number
+    with call.node.graph.inserting_before(call.node):
+        made = call.node.graph.call_function(operator.neg, (number,))
+    made.meta["spec"] = -number.meta["spec"]
+    return made
 
 
 def _narrow(t: Typer, call: Call) -> Value:
