@@ -5,3 +5,7 @@ if __name__ != "graphopt.passes":
         f"the folder passes/ is the package 'graphopt.passes', but was imported as '{__name__}'; "
         "take its parent folder off sys.path, or import graphopt.passes"
     )
+
+from graphopt.passes.prune import PruneChannels
+
+__all__ = ["PruneChannels"]

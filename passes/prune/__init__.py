@@ -5,3 +5,7 @@ if __name__ != "graphopt.passes.prune":
         f"the folder passes/prune/ is the package 'graphopt.passes.prune', but was imported as '{__name__}'; "
         "import graphopt.passes.prune"
     )
+
+from graphopt.passes.prune.prune_channels import PruneChannels
+
+__all__ = ["PruneChannels"]

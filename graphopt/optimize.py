@@ -1,0 +1,445 @@
+"""String the stages together: the public functions.
+
+What may live here: :func:`optimize`, :func:`inspect`, :func:`explain`, and the order of stages. What a stage does is
+said in its own room.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final, get_args
+
+import numpy as np
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+import graphopt.passes  # noqa: F401  # fills the registry
+from graphopt.allocation import Budget
+from graphopt.capture import capture
+from graphopt.cost import CostModel
+from graphopt.dialects.aten import infer
+from graphopt.errors import BudgetError, CaptureError, GraphOptError, PipelineError, unknown_name
+from graphopt.graph import Graph
+from graphopt.importance.calibration import batches
+from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer
+from graphopt.pipeline import run as run_pipeline
+from graphopt.plan import Plan
+from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, unknown_rows
+from graphopt.report.terminal import print_explanation
+from graphopt.report.wording import amount, listing, plural
+from graphopt.targets import Lowered, Target, find_target, write_manifest
+from graphopt.targets.base import staged
+
+__all__ = ["Result", "explain", "inspect", "optimize"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+REPORT_PAGE: Final = "report.html"
+REPORT_DATA: Final = "report.json"
+PLAN: Final = "plan.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`optimize` made. Printed, it shows its report.
+
+    Attributes:
+        module: The smaller model: trainable, parameters under the names they had, in the mode the model was in.
+        onnx: The ``onnx.ModelProto``, from a target that makes one; None otherwise.
+        plan: Which indices of the input model's tensors are left.
+        artifacts: The files that were written, by kind.
+        report: What was done, what was not, and why.
+    """
+
+    module: fx.GraphModule = field(repr=False)
+    onnx: Any = field(repr=False)
+    plan: Plan = field(repr=False)
+    artifacts: Mapping[str, Path]
+    report: Report = field(repr=False)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+    def __rich__(self) -> Report:
+        return self.report
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+
+def optimize(
+    model: Any,
+    example_inputs: Any = None,
+    *,
+    target: str | Target = "torch",
+    budget: Budget | None = None,
+    pipeline: Pipeline | Pass | Iterable[Pass] | str | Path | None = None,
+    calibration: Iterable[Any] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    verify: Verify = "each",
+    seed: int = 0,
+) -> Result:
+    """Make a model smaller, and prove that what is left computes what it did.
+
+    The model itself is not changed, and neither is the state of any random number generator. The same arguments give
+    the same result.
+
+    Args:
+        model: an ``nn.Module``, an ``ExportedProgram``, an ``fx.GraphModule``, the path of a ``.pt2`` file, or a
+            :class:`~graphopt.graph.Graph` that was captured before (``capture`` names further dynamic dimensions).
+        example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a pair of both; not needed
+            where the model carries or describes its inputs. Costs are those of these inputs' batch.
+        target: what the result is for: "torch", "onnx", or a target of your own.
+        budget: what the result may cost at most. Without one only lossless passes run.
+        pipeline: the passes to run, in place of the default: a ``Pipeline``, its text, or the path of a ``.toml``.
+        calibration: batches of inputs, or of ``(inputs, labels)``, for criteria that look at data; the first batch is
+            what promises are checked on.
+        evaluate: a metric of a module, higher is better; called on a copy before and after, and reported.
+        output: the folder for the artifacts, the report and a manifest; it is left as it was if anything fails.
+        verify: check what passes promise after each of them ("each"), once at the end ("final"), or never ("off").
+        seed: seeds whatever is random.
+
+    Raises:
+        CaptureError: the model could not be captured.
+        PipelineError: the pipeline, the target or an option does not exist.
+        BudgetError: the budget cannot be met; ``smallest`` says what can.
+        PassError: a pass broke off.
+        VerificationError: a pass broke its promise, and leaving single groups alone did not help.
+        LoweringError: the target cannot take the result, or a file could not be written.
+        MissingDependencyError: the target needs a package that is not installed.
+
+    Example:
+        >>> result = graphopt.optimize(model, example_inputs, budget=graphopt.Budget(flops=0.5))  # doctest: +SKIP
+        >>> print(result.report)  # doctest: +SKIP
+    """
+    _check_options(budget, verify, seed)
+    chosen = find_target(target)
+    passes = _pipeline(chosen, budget, pipeline)
+    clock = _Clock()
+    with _seeded(seed):
+        with clock("capture"):
+            graph = _captured(model, example_inputs)
+        data = list(calibration) if isinstance(calibration, Iterator) else calibration
+        typing = infer(graph)
+        original = CostModel(typing).cost()
+        inputs, warnings = _verification_inputs(graph, data, verify, seed)
+        before = _scored(evaluate, graph, clock, "evaluate before")
+        context = Context(
+            original=original,
+            budget=budget,
+            channel_multiple=chosen.channel_multiple,
+            calibration=data,
+            evaluate=evaluate,
+            seed=seed,
+        )
+        with clock("passes"):
+            outcome = run_pipeline(passes, graph, context, inputs=inputs, verify=verify)
+        after = _scored(evaluate, outcome.graph, clock, "evaluate after")
+        report = Report(
+            model=_name(model),
+            target=chosen.name,
+            pipeline=str(passes[: len(outcome.records)]),
+            seed=seed,
+            verify=verify,
+            before=original,
+            after=outcome.records[-1].after if outcome.records else original,
+            versions=_versions(),
+            passes=outcome.records,
+            frozen=frozen_rows(typing),
+            unknown=unknown_rows(typing),
+            notes=list(graph.notes),
+            comparisons=outcome.comparisons,
+            timings=clock.seconds,
+            score=None if before is None or after is None else (before, after),
+        )
+        report.budget = _budget_lines(budget, passes, report)
+        report.warnings = [*warnings, *_warnings(report, outcome, budget)]
+        lowered, artifacts = _lowered(chosen, outcome, Path(output) if output is not None else None, report, clock)
+    module = outcome.graph.module
+    module.train(graph.training)
+    return Result(module, lowered.onnx, outcome.plan, artifacts, report)
+
+
+def inspect(model: Any, example_inputs: Any = None) -> Inspection:
+    """Say what a model is made of: its groups, what must stay whole and why, and the cost by layer.
+
+    Args:
+        model: as for :func:`optimize`.
+        example_inputs: as for :func:`optimize`.
+
+    Raises:
+        CaptureError: the model could not be captured.
+    """
+    with _seeded(0):
+        graph = _captured(model, example_inputs)
+    observer().stage("infer axes")
+    return Inspection.of(_name(model), infer(graph))
+
+
+def explain(model: Any, parameter: str, dim: int, example_inputs: Any = None) -> None:
+    """Print why a dimension of a parameter goes with others, or cannot shrink: the operators that tie it, in words.
+
+    ``inspect(model).coupling.explain(parameter, dim)`` gives the same as data.
+
+    Args:
+        model: as for :func:`optimize`.
+        parameter: the name of a parameter or buffer, as in ``model.named_parameters()``.
+        dim: the dimension.
+        example_inputs: as for :func:`optimize`.
+
+    Raises:
+        CaptureError: the model could not be captured.
+        PipelineError: there is no such parameter, or it has no such dimension; the message has the nearest name.
+    """
+    print_explanation(inspect(model, example_inputs), parameter, dim)
+
+
+# -- before the passes ----------------------------------------------------------------------------------------------
+
+
+def _check_options(budget: Any, verify: Any, seed: Any) -> None:
+    if budget is not None and not isinstance(budget, Budget):
+        raise BudgetError(
+            f"budget must be a graphopt.Budget, such as graphopt.Budget(flops=0.5); found {type(budget).__name__} "
+            f"{budget!r}"
+        )
+    if verify not in get_args(Verify):
+        raise PipelineError(unknown_name("value of verify:", str(verify), get_args(Verify)))
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise PipelineError(f"seed must be an integer, 0 or above; found {seed!r}")
+
+
+def _pipeline(target: Target, budget: Budget | None, pipeline: Any) -> Pipeline:
+    """Return the target's passes, then the caller's, or by default as much pruning as the budget asks for."""
+    first = Pipeline.parse(target.pipeline(budget))
+    if pipeline is not None:
+        return first + Pipeline.of(pipeline)
+    return first + Pipeline.parse("prune-channels" if budget is not None else "")
+
+
+def _captured(model: Any, example_inputs: Any) -> Graph:
+    observer().stage("capture")
+    if not isinstance(model, Graph):
+        return capture(model, example_inputs)
+    graph = capture(model.module, model.example_inputs if example_inputs is None else example_inputs)
+    graph.notes = list(dict.fromkeys([*model.notes, *graph.notes]))
+    return graph
+
+
+def _name(model: Any) -> str:
+    if isinstance(model, str | os.PathLike):
+        return Path(model).name
+    if isinstance(model, Graph):
+        model = model.module
+    return type(model).__name__
+
+
+def _verification_inputs(
+    graph: Graph, calibration: Iterable[Any] | None, verify: str, seed: int
+) -> tuple[list[tuple[str, Inputs]], list[str]]:
+    """Return what promises are checked on, and what a reader should know about it."""
+    if verify == "off":
+        return [], ["nothing was verified, as asked (verify='off'): the result may be wrong"]
+    batch = next(batches(calibration, graph), None) if calibration is not None else None
+    if batch is not None:
+        label, inputs = "the first calibration batch", (batch.args, batch.kwargs)
+    else:
+        inputs, changed = _exercising(graph.example_inputs, seed)
+        label = "the example inputs" + (", with noise in place of constants" if changed else "")
+    outputs = _run(graph, inputs, label)
+    leaves = [
+        leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+    ]
+    if any(not bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        return [(label, inputs)], [
+            f"the model's outputs hold infinities or NaN on {label}: there, verification proves nothing"
+        ]
+    return [(label, inputs)], []
+
+
+def _exercising(inputs: Inputs, seed: int) -> tuple[Inputs, bool]:
+    """Put noise in place of floating-point inputs that are constant: a model does not show what it does on zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = False
+
+    def noisy(leaf: Any) -> Any:
+        nonlocal changed
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
+            return leaf
+        if not bool((leaf == leaf.reshape(-1)[0]).all()):
+            return leaf
+        changed = True
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    return pytree.tree_map(noisy, inputs), changed
+
+
+def _run(graph: Graph, inputs: Inputs, label: str) -> Any:
+    args, kwargs = inputs
+    try:
+        return graph.run(*pytree.tree_map(_copied, args), **pytree.tree_map(_copied, kwargs))
+    except Exception as error:
+        raise CaptureError(
+            f"the captured model does not run on {label}: {type(error).__name__}: {error}. Give inputs of the shapes "
+            "and types of the example inputs"
+        ) from error
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _scored(evaluate: Callable[[Any], float] | None, graph: Graph, clock: _Clock, stage: str) -> float | None:
+    """Return the caller's metric of a copy of the graph's module: a metric may move or change what it is given."""
+    if evaluate is None:
+        return None
+    with clock(stage):
+        observer().stage(stage)
+        try:
+            return float(evaluate(copy.deepcopy(graph.module).eval()))
+        except GraphOptError:
+            raise
+        except Exception as error:
+            raise PipelineError(
+                f"evaluate broke off ({stage}): {type(error).__name__}: {error}. It is called with a module in "
+                "evaluation mode, and must return a number"
+            ) from error
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed every generator for a block, and put them back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=list(devices)):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed_all(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class _Clock:
+    """Measure stages by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+# -- after the passes -----------------------------------------------------------------------------------------------
+
+
+def _budget_lines(budget: Budget | None, passes: Pipeline, report: Report) -> list[BudgetLine]:
+    """Return what was asked for and what was reached; of several budgets in a pipeline, the last."""
+    own = [b for b in (getattr(each, "budget", None) for each in passes) if isinstance(b, Budget)]
+    asked = budget or (own[-1] if own else None)
+    if asked is None:
+        return []
+    known = {name: getattr(report.before, name) for name in ("flops", "params", "memory")}
+    return [
+        BudgetLine(name, known[name], limit, getattr(report.after, name)) for name, limit in asked.limits(known).items()
+    ]
+
+
+def _warnings(report: Report, outcome: Outcome, budget: Budget | None) -> list[str]:
+    found = []
+    for record in outcome.records:
+        for name, why in record.left_alone.items():
+            found.append(
+                f"{record.name} left the group {name} alone: cutting it gave a wrong model ({why}). The result is "
+                "right, but this is a mistake in graphopt: please report the model"
+            )
+    if not report.changed:
+        if not report.pipeline:
+            found.append(
+                f"nothing was done: without a budget only lossless passes run, and there are none for the target "
+                f"'{report.target}' yet. Give a budget, such as budget=graphopt.Budget(flops=0.5)"
+            )
+        elif any(record.name.startswith("prune") for record in outcome.records):
+            found.append("nothing was pruned: the model costs no more than the budget allows as it is")
+        else:
+            found.append("no pass changed anything")
+    for line in report.budget:
+        if not line.met:
+            found.append(
+                f"the budget was not met: {line.dimension} {amount(line.achieved)} of at most {amount(line.target)}; "
+                f"no pass of the pipeline '{report.pipeline}' looks after it"
+            )
+    if report.unknown:
+        names = [row.operator for row in report.unknown]
+        found.append(
+            f"{plural(len(names), 'operator')} without an axis rule, {listing(names)}: whatever they touch stays whole"
+        )
+    return found
+
+
+def _lowered(
+    target: Target, outcome: Outcome, output: Path | None, report: Report, clock: _Clock
+) -> tuple[Lowered, dict[str, Path]]:
+    """Lower to the target; with a folder, write everything into it, or nothing at all."""
+    observer().stage(f"lower to {target.name}")
+    if output is None:
+        with clock("lower"):
+            lowered = target.lower(outcome.graph, None)
+        _tell(report, target, lowered)
+        return lowered, {}
+    with staged(output) as stage:
+        with clock("lower"):
+            lowered = target.lower(outcome.graph, stage)
+        _tell(report, target, lowered)
+        made = {kind: Path(path) for kind, path in lowered.artifacts.items()}
+        names = {**{kind: path.name for kind, path in made.items()}, "plan": PLAN, "report": REPORT_PAGE}
+        report.artifacts = {kind: str(output / name) for kind, name in names.items()}
+        outcome.plan.save(stage / PLAN)
+        report.save_html(stage / REPORT_PAGE)
+        report.save_json(stage / REPORT_DATA)
+        made |= {"plan": stage / PLAN, "report": stage / REPORT_PAGE}
+        manifest = write_manifest(stage, made)
+        made["manifest"] = manifest
+    artifacts = {kind: output / path.name for kind, path in made.items()}
+    report.artifacts = {kind: str(path) for kind, path in artifacts.items()}
+    return lowered, artifacts
+
+
+def _tell(report: Report, target: Target, lowered: Lowered) -> None:
+    report.notes += lowered.notes
+    for check in lowered.checks:
+        subject = f"the module and what {check.runtime} computes from the {target.name} file"
+        found = Comparison.of(subject, check.difference, f"inputs: {check.inputs}")
+        if check.passed and found.allowed is not None:
+            # Where the model itself amplifies round-off, the target allows as much as it amplifies.
+            found = replace(found, allowed=max(found.allowed, 4 * check.noise))
+        report.comparisons.append(found)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "graphopt": version("graphopt"),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,197 @@
+"""Check what a pass promised, and find the groups that are to blame where the promise is broken.
+
+What may live here: promises and their comparison on inputs. Who is told, and what is taken back, is for the runner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from graphopt.axes.algebra import Atom, Indices
+from graphopt.pipeline.base import PassResult, Removal
+from graphopt.report import Comparison
+from graphopt.rewrite import rewrite
+from graphopt.verify import Difference, equivalence, masked_equivalence
+
+if TYPE_CHECKING:
+    from graphopt.graph import Graph
+
+__all__ = ["Failure", "Inputs", "Promise", "find_offenders", "measure", "same"]
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword inputs of one call."""
+
+MASKED: Final = "the pruned and the masked model"
+
+NOISE: Final = 0.1
+"""How far constant parameters are moved for the second check, relative to their value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Say that a model could not even be run."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What one pass, or several in a row, promised.
+
+    Attributes:
+        before: The graph from before.
+        edited: The graph that the pass handed back, before indices are removed from it.
+        removal: What is removed; None where nothing is.
+        after: The graph after the last of the passes, once another promise begins; None for the latest.
+        positions: Where the passes stand in the pipeline.
+    """
+
+    before: Graph
+    edited: Graph
+    removal: Removal | None
+    after: Graph | None = None
+    positions: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, result: PassResult, before: Graph) -> Promise:
+        """Read the promise from what a pass handed back; a removal of nothing is none."""
+        removal = result.removal
+        if removal is not None and not any(len(kept) < atom.size for atom, kept in removal.keep.items()):
+            removal = None
+        return cls(before, result.graph, removal)
+
+    @property
+    def words(self) -> str:
+        """The promise in words."""
+        if self.removal is None:
+            return "the outputs must stay as they were"
+        return "the outputs must be those of the model from before with the removed indices masked"
+
+    def extended(self, position: int) -> Promise:
+        """Return the promise of one more pass in the row."""
+        return replace(self, positions=(*self.positions, position))
+
+    def ended(self, after: Graph) -> Promise:
+        """Return the promise with the graph after its last pass."""
+        return replace(self, after=after)
+
+    def rewritten(self, keep: Mapping[Atom, Indices] | None = None) -> Graph:
+        """Return the graph without the removed indices, or with other keep sets."""
+        if self.removal is None:
+            return self.edited
+        return rewrite(self.removal.typing, self.removal.keep if keep is None else keep)
+
+    def comparisons(self, after: Graph, inputs: Sequence[tuple[str, Inputs]]) -> Iterator[Comparison | Failure]:
+        """Compare on every input; then once more with noise in the parameters that are constant, where there are any.
+
+        Constant parameters (a new batch norm's weights, a branch that starts at zero) look alike or hide what they
+        multiply, so that a wrong rewrite could pass for a right one.
+        """
+        removal = self.removal
+        for label, each in inputs:
+            if removal is None:
+                yield _compared("the model before and after", label, equivalence, self.before, after, each)
+                continue
+            if not same(self.before, self.edited):
+                yield _compared("the model before and to be pruned", label, equivalence, self.before, self.edited, each)
+            yield _compared(MASKED, label, masked_equivalence, removal.typing, removal.keep, after, each)
+        if removal is not None and inputs:
+            label, each = inputs[0]
+            with generic_parameters(removal.typing.graph) as moved:
+                if moved:
+                    subject = f"{MASKED}, with noise in {len(moved)} constant tensors"
+                    pruned = self.rewritten()
+                    yield _compared(subject, label, masked_equivalence, removal.typing, removal.keep, pruned, each)
+
+
+def measure(name: str, before: Graph, after: Graph, label: str, inputs: Inputs) -> Comparison:
+    """Measure how far the outputs moved, without judging it."""
+    return Comparison.of(
+        f"before and after {name}", equivalence(before, after, inputs, double=False), label, measured=True
+    )
+
+
+def find_offenders(promise: Promise, inputs: Sequence[tuple[str, Inputs]]) -> dict[str, str]:
+    """Return the groups without which the promise is kept, by name, each with what is wrong when it is cut.
+
+    Bisection: k groups to blame among n are found with about 2 k log2(n) comparisons. The groups that remain pass all
+    together, with the keep sets they have.
+    """
+    removal = promise.removal
+    assert removal is not None
+    typing = removal.typing
+    groups = [g for g in typing.groups if g.atom in removal.keep and len(removal.keep[g.atom]) < g.size]
+    names = {g.atom: g.name for g in groups}
+    blamed: dict[str, str] = {}
+
+    def wrong(atoms: Sequence[Atom]) -> str | None:
+        keep = {a: removal.keep[a] for a in atoms}
+        part = replace(promise, removal=Removal(typing, keep))
+        try:
+            after = part.rewritten()
+        except Exception as error:  # noqa: BLE001  # a resizer that meets what it does not expect raises anything
+            return f"{type(error).__name__}: {error}"
+        return next((str(c) for c in part.comparisons(after, inputs) if isinstance(c, Failure) or not c.passed), None)
+
+    def search(atoms: Sequence[Atom], sound: Sequence[Atom], found: str) -> list[Atom]:
+        """Return those of ``atoms`` that are sound together with ``sound``; all of them together are not: ``found``."""
+        if len(atoms) == 1:
+            blamed[names[atoms[0]]] = found
+            return []
+        passed: list[Atom] = []
+        for part in (atoms[: len(atoms) // 2], atoms[len(atoms) // 2 :]):
+            together = [*sound, *passed]
+            failure = wrong([*together, *part])
+            passed += part if failure is None else search(part, together, failure)
+        return passed
+
+    failure = wrong([g.atom for g in groups])
+    if failure is not None:
+        search([g.atom for g in groups], [], failure)
+    return blamed
+
+
+@contextmanager
+def generic_parameters(graph: Graph) -> Iterator[list[str]]:
+    """Lend a graph with noise in its constant floating-point tensors; yields their names, and restores them."""
+    generator = torch.Generator().manual_seed(0)
+    kept: dict[str, torch.Tensor] = {}
+    try:
+        for name, tensor in graph.tensors().items():
+            if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.reshape(-1)[0]).all()):
+                noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+                value = tensor.detach()
+                moved = torch.where(value == 0, NOISE * noise, value * (1 + NOISE * noise))
+                kept[name] = tensor
+                if isinstance(tensor, nn.Parameter):
+                    moved = nn.Parameter(moved, requires_grad=tensor.requires_grad)
+                graph.set_tensor(name, moved)
+        yield list(kept)
+    finally:
+        for name, tensor in kept.items():
+            graph.set_tensor(name, tensor)
+
+
+def same(before: Graph, after: Graph) -> bool:
+    """Say whether two graphs hold the same operators and the very same tensors."""
+    left, right = before.tensors(), after.tensors()
+    if left.keys() != right.keys() or any(left[name] is not right[name] for name in left):
+        return False
+    return before.text() == after.text()
+
+
+def _compared(subject: str, label: str, compare: Callable[..., Difference], *arguments: Any) -> Comparison | Failure:
+    try:
+        return Comparison.of(subject, compare(*arguments), label)
+    except Exception as error:  # noqa: BLE001  # a wrong graph raises whatever its operators raise
+        first = " ".join(str(error).split("\n\n")[0].split())
+        return Failure(f"the result does not run: {type(error).__name__}: {first}")
