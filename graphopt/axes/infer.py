@@ -180,9 +180,13 @@ class Typer:
             self.normalised.append((self.node, axis))
 
     def contract(self, axis: Axis, *operands: Any) -> None:
-        """Note that the current node sums over ``axis``; exact where one operand's removed entries are zero."""
-        if axis is not ONE:
-            self.contracted.append((self.node, tuple(o for o in operands if isinstance(o, fx.Node)), axis))
+        """Note that the current node sums over ``axis``; exact where one operand's removed entries are zero.
+
+        Those of a parameter are, by definition.
+        """
+        nodes = tuple(o for o in operands if isinstance(o, fx.Node))
+        if axis is not ONE and not any(_is_parameter(self.graph, n) for n in nodes):
+            self.contracted.append((self.node, nodes, axis))
 
     def mark(self, axis: Axis, role: str) -> None:
         """Note what the indices of ``axis`` are, in the field's words."""
@@ -366,6 +370,10 @@ def _tensor(typer: Typer, name: str) -> Value:
     return typer.tensors[name]
 
 
+def _is_parameter(graph: Graph, node: fx.Node) -> bool:
+    return node.op == "get_attr" and isinstance(get_attribute(graph.module, str(node.target)), torch.nn.Parameter)
+
+
 def _tensor_nodes(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if n.op != "output"]
 
@@ -491,9 +499,8 @@ def _zeros(
 ) -> Zeros:
     zeros = Zeros(values, free)
     for node in typer.graph.nodes:
-        if node.op == "get_attr":
-            if isinstance(get_attribute(typer.graph.module, str(node.target)), torch.nn.Parameter):
-                zeros.set(node, zeros.atoms(node))
+        if _is_parameter(typer.graph, node):
+            zeros.set(node, zeros.atoms(node))
         elif node.op == "call_function":
             operator = operators.get(node.target)
             if operator is not None and operator.zeros is not None:

@@ -71,7 +71,7 @@ class Contraction:
         return cls(spelled, right.replace("...", dots) if arrow else dots + free)
 
 
-def einsum(t: Typer, contraction: Contraction, operands: Sequence[Axes]) -> tuple[Axes, dict[Axis, list[int]]]:
+def einsum(t: Typer, contraction: Contraction, operands: Sequence[Axes]) -> tuple[Axes, list[tuple[Axis, list[int]]]]:
     """Tie equal letters; also returns the contracted axes with the operands that have them.
 
     Multiply-adds are counted pair by pair from the left, as the operator is computed. A letter that occurs twice in
@@ -93,12 +93,16 @@ def einsum(t: Typer, contraction: Contraction, operands: Sequence[Axes]) -> tupl
         if any(letter not in later for letter in both):
             t.multiply(*(axes[letter] for letter in both))
         alive = "".join(letter for letter in both if letter in later)
-    summed = {
-        axis: [i for i, term in enumerate(contraction.terms) if letter in term]
+    summed = [
+        (axis, [i for i, term in enumerate(contraction.terms) if letter in term and _size(operands[i], term, letter) > 1])
         for letter, axis in axes.items()
-        if letter not in contraction.result
-    }
+        if letter not in contraction.result and axis.size > 1
+    ]
     return tuple(axes[letter] for letter in contraction.result), summed
+
+
+def _size(operand: Axes, term: str, letter: str) -> int:
+    return operand[term.index(letter)].size
 
 
 def attention(t: Typer, q: Axes, k: Axes, v: Axes, mask: Axes | None, *, grouped: bool) -> Axes:
@@ -140,10 +144,11 @@ def _mark_heads(t: Typer, heads: Axis) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ConvAxes:
-    """Axes of a convolution: its result, and the axis whose size is the operator's ``groups``."""
+    """Axes of a convolution: its result, that whose size is the operator's ``groups``, and that summed over in each."""
 
     out: Axes
     groups: Axis
+    summed: Axis
 
 
 def convolution(
@@ -179,7 +184,7 @@ def convolution(
         t.unify(bias[0], out)
     places = [_place(t, *each) for each in zip(x[-spatial:], weight[2:], out_shape[-spatial:], strict=True)]
     t.multiply(*batch, *(x[-spatial:] if transposed else places), *weight)
-    return ConvAxes((*batch, out, *places), count)
+    return ConvAxes((*batch, out, *places), count, inner)
 
 
 def _place(t: Typer, before: Axis, kernel: Axis, size: int) -> Axis:

@@ -18,7 +18,9 @@ aten = torch.ops.aten
 
 
 def _linear(t: Typer, call: Call) -> Value:
-    return linear(t, t[call["input"]], t[call["weight"]], optional(t, call["bias"]))
+    x = t[call["input"]]
+    t.contract(x[-1], call["input"], call["weight"])
+    return linear(t, x, t[call["weight"]], optional(t, call["bias"]))
 
 
 def _zeros_of_linear(z: Zeros, call: Call) -> Atoms:
@@ -37,6 +39,7 @@ def _convolution(t: Typer, call: Call) -> Value:
         transposed=transposed,
     )
     t.facts[call.node] = found.groups
+    t.contract(found.summed, call["input"], call["weight"])
     return found.out
 
 
@@ -77,7 +80,7 @@ def _einsum(t: Typer, call: Call) -> Value:
     tensors = call["tensors"]
     axes = [t[n] for n in tensors]
     out, summed = einsum(t, Contraction.parse(call["equation"], [len(a) for a in axes]), axes)
-    for axis, holders in summed.items():
+    for axis, holders in summed:
         t.contract(axis, *(tensors[i] for i in holders))
     return out
 
@@ -89,6 +92,8 @@ def _zeros_of_einsum(z: Zeros, call: Call) -> Atoms:
 def _attention(t: Typer, call: Call) -> Value:
     q, k, v = (t[call[name]] for name in ("query", "key", "value"))
     t.contract(q[-1], call["query"], call["key"])
+    if call["is_causal"]:
+        t.freeze(q[-2], "causal attention over it")
     return attention(t, q, k, v, optional(t, call["attn_mask"]), grouped=bool(call["enable_gqa"]))
 
 
@@ -106,6 +111,8 @@ def _outer(t: Typer, call: Call) -> Value:
 
 def _bilinear(t: Typer, call: Call) -> Value:
     x, y, weight = t[call["input1"]], t[call["input2"]], t[call["weight"]]
+    t.contract(x[-1], call["input1"], call["weight"])
+    t.contract(y[-1], call["input2"], call["weight"])
     t.unify(x[-1], weight[1])
     t.unify(y[-1], weight[2])
     batch = broadcast(t, x[:-1], y[:-1])

@@ -1,0 +1,105 @@
+"""Inference as an adversary would test it: what must be tied, what must be free, what is normalised over."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.dialects.checks import check, reasons, typed
+
+
+def normalised(module: nn.Module, *inputs: Tensor) -> dict[str, bool]:
+    """Check a module; return for each place of a group whether it is normalised over."""
+    found = check(module, inputs)
+    return {str(place): bool(g.normalised) for g in found.typing.groups for place in g.places}
+
+
+# -- sums over what is not zero ----------------------------------------------------------------------------------------
+
+
+class ComputedWeight(nn.Module):
+    """Contract with weights that are computed, so that removed entries of neither operand are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Linear(5, 8), nn.Parameter(torch.zeros(3, 8))
+        self.plain, self.scale = nn.Linear(5, 6), nn.Parameter(torch.zeros(3, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        exposed = F.linear(self.first(x).sigmoid(), self.weight.sigmoid())
+        return exposed + F.linear(self.plain(x), self.scale.sigmoid())
+
+
+def test_a_computed_weight_renormalises_where_no_operand_vanishes() -> None:
+    found = normalised(ComputedWeight(), torch.randn(4, 5).double())
+    assert found["weight[1]"]
+    assert not found["scale[1]"]
+
+
+class StandardisedWeight(nn.Module):
+    """Standardise a convolution's weights over their input channels."""
+
+    def __init__(self, groups: int, transposed: bool) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(12, 2, 1)
+        self.conv = nn.ConvTranspose2d(8, 12, 3, groups=groups) if transposed else nn.Conv2d(8, 12, 3, groups=groups)
+        self.dims = (0, 2, 3) if transposed else (1, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.conv.weight
+        mean = weight.mean(self.dims, keepdim=True)
+        weight = (weight - mean) / (weight.var(self.dims, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        function = F.conv_transpose2d if isinstance(self.conv, nn.ConvTranspose2d) else F.conv2d
+        return self.last(function(self.first(x).sigmoid(), weight, self.conv.bias, groups=self.conv.groups))
+
+
+def test_weight_standardisation_normalises_over_input_channels_alone() -> None:
+    x = torch.randn(2, 3, 5, 5).double()
+    for transposed in (False, True):
+        found = normalised(StandardisedWeight(1, transposed=transposed), x)
+        assert [found["first.weight[0]"], found["last.weight[1]"]] == [True, False]
+        check(StandardisedWeight(4, transposed=transposed), [x])
+
+
+class SummedTwice(nn.Module):
+    """Sum one axis under two letters, over an operand that vanishes and over one that does not."""
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.first, self.equation = nn.Linear(5, 8), equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return torch.einsum(self.equation, y, y.sigmoid())
+
+
+def test_every_letter_of_an_einsum_is_asked_for() -> None:
+    x = torch.randn(3, 5).double()
+    assert normalised(SummedTwice("bi,bj->b"), x)["first.weight[0]"]
+    assert normalised(SummedTwice("bj,bi->b"), x)["first.weight[0]"]
+    assert not normalised(SummedTwice("bi,bi->b"), x)["first.weight[0]"]
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+class Latents(nn.Module):
+    """Let learned queries attend to the input, one after another or all alike."""
+
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.queries, self.key, self.value = nn.Parameter(torch.zeros(1, 6, 8)), nn.Linear(5, 8), nn.Linear(5, 7)
+        self.mix, self.causal = nn.Linear(6, 3), causal
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.queries.expand(x.shape[0], -1, -1)
+        y = F.scaled_dot_product_attention(q, self.key(x), self.value(x), is_causal=self.causal)
+        return self.mix(y.transpose(1, 2))
+
+
+def test_causal_attention_fixes_the_order_of_its_queries() -> None:
+    x = torch.randn(2, 4, 5).double()
+    assert "queries[1]" in normalised(Latents(causal=False), x)
+    assert "queries[1]" not in normalised(Latents(causal=True), x)
+    assert reasons(typed(Latents(causal=True), x), "queries", 1) == {"causal attention over it"}
