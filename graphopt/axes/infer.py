@@ -224,6 +224,10 @@ class Zeros:
         """Record an answer."""
         self._known[node] = atoms & self.atoms(node)
 
+    def forget(self, node: fx.Node, atoms: Atoms) -> None:
+        """Take back that these atoms vanish in a value: a later node wrote into its memory."""
+        self._known[node] = self[node] - atoms
+
     def every(self, *operands: Any) -> Atoms:
         """Combine as sums do: zero where every operand is; absent operands do not count."""
         present = [self._set(o) for o in operands if o is not None]
@@ -498,6 +502,7 @@ def _zeros(
     typer: Typer, operators: Mapping[Any, Operator], values: Mapping[fx.Node, Value], free: Atoms
 ) -> Zeros:
     zeros = Zeros(values, free)
+    memory: dict[fx.Node, list[fx.Node]] = {}
     for node in typer.graph.nodes:
         if _is_parameter(typer.graph, node):
             zeros.set(node, zeros.atoms(node))
@@ -505,4 +510,25 @@ def _zeros(
             operator = operators.get(node.target)
             if operator is not None and operator.zeros is not None:
                 zeros.set(node, operator.zeros(zeros, Call(node)))
+        _share(node, memory)
+        if _writes(node):
+            for each in memory[node]:
+                zeros.forget(each, zeros.atoms(node) - zeros[node])
     return zeros
+
+
+def _share(node: fx.Node, memory: dict[fx.Node, list[fx.Node]]) -> None:
+    """Add ``node`` to the values whose memory it may share: those of its first argument, or none.
+
+    A dropout that does nothing returns its argument, though its schema does not say so.
+    """
+    source = node.args[0] if node.op == "call_function" and node.args else None
+    schema = getattr(node.target, "_schema", None)
+    shares = schema is None or "dropout" in schema.name or any(a.alias_info is not None for a in schema.arguments)
+    memory[node] = memory[source] if shares and isinstance(source, fx.Node) else []
+    memory[node].append(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)

@@ -81,6 +81,30 @@ def test_every_letter_of_an_einsum_is_asked_for() -> None:
     assert not normalised(SummedTwice("bi,bi->b"), x)["first.weight[0]"]
 
 
+class WrittenThroughViews(nn.Module):
+    """Write into memory that other values see: zeros that do not stay zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copied, self.shifted, self.kept = nn.Linear(5, 6), nn.Linear(5, 7), nn.Linear(5, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        padded = x.new_zeros(x.shape[0], 9)
+        padded[:, 1:7].copy_(self.copied(x).sigmoid())
+        shifted = self.shifted(x)
+        shifted[:, None, :].flatten(1).add_(1.0)
+        kept = self.kept(x)
+        kept[:, 2:5].mul_(2.0)
+        return padded.sum(1), shifted.sum(1), kept.sum(1)
+
+
+def test_writes_through_views_are_seen() -> None:
+    found = normalised(WrittenThroughViews(), torch.randn(3, 5).double())
+    assert found["copied.weight[0]"]
+    assert found["shifted.weight[0]"]
+    assert not found["kept.weight[0]"]
+
+
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
