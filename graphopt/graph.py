@@ -143,7 +143,9 @@ class TraceModule(fx.GraphModule):
                 _check_tensor(node, spec, value)
         if self.training:
             for name, steps in self.meta.get("counters", {}).items():
-                get_attribute(self, name).add_(steps)
+                counter = find_attribute(self, name)
+                if counter is not None:  # a batch norm that was folded away counts no more
+                    counter.add_(steps)
 
     def replica(self, tensor: Callable[[torch.Tensor], torch.Tensor] | None = None) -> TraceModule:
         """Copy the structure; ``tensor`` says what takes the place of each tensor (by default, the tensor itself)."""
@@ -390,6 +392,14 @@ def get_attribute(module: nn.Module, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
+
+
+def find_attribute(module: nn.Module, name: str) -> Any:
+    """Follow a dotted name from ``module``; returns None where it leads nowhere."""
+    try:
+        return get_attribute(module, name)
+    except AttributeError:
+        return None
 
 
 def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -64,7 +64,7 @@ class Specs:
         """Describe a value of ``node.meta["val"]``."""
         if isinstance(value, torch.Tensor):
             shape = tuple(int(self.number(size)) for size in value.shape)
-            return TensorSpec(shape, value.dtype, tuple(not isinstance(size, int) for size in value.shape))
+            return TensorSpec(shape, value.dtype, tuple(varies(size) for size in value.shape))
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             return self.number(value)
         if isinstance(value, list | tuple):
@@ -89,6 +89,11 @@ class Specs:
             self.measured = True
             return value.node.pytype(1)  # type: ignore[no-any-return]
         return value.node.pytype(hint)  # type: ignore[no-any-return]
+
+
+def varies(size: Any) -> bool:
+    """Say whether a traced size may vary; one that was narrowed down to a number still has the type of a symbol."""
+    return not isinstance(size, int) and not size.node.expr.is_number
 
 
 def user_inputs(program: ExportedProgram) -> list[fx.Node]:
@@ -133,7 +138,8 @@ def build(
     builder = _Builder(program, specs)
     graph = builder.build()
     module = TraceModule(nn.Module(), fx.Graph())
-    constants = {name: own(value) for name, value in builder.constants.items() if name not in tensors}
+    read = {node.target for node in graph.find_nodes(op="get_attr")}
+    constants = {name: own(value) for name, value in builder.constants.items() if name in read and name not in tensors}
     for name, tensor in {**tensors, **constants}.items():
         _check_name(module, name)
         set_tensor(module, name, tensor)

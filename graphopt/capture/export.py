@@ -24,7 +24,8 @@ from graphopt.errors import CaptureError
 
 _LIBRARY: Final = Path(torch.__file__).parent
 _HERE: Final = Path(__file__).parent
-_CHATTY: Final = ("torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export", "torch.fx")
+_STANDARD: Final = Path(traceback.__file__).parent
+_CHATTY: Final = ("torch.fx", "torch.export", "torch._export", "torch._dynamo", "torch._subclasses.fake_tensor")
 
 
 class UndecidableError(CaptureError):
@@ -166,10 +167,12 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _place(error: BaseException) -> str:
-    """Return the last line of the traceback that is neither torch's nor ours, as ``" at file:line (`code`)"``."""
+    """Return the last line that is neither Python's, torch's nor ours, as ``" at file:line (`code`)"``."""
     for cause in _causes(error):
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             path = Path(frame.filename)
-            if not (path.is_relative_to(_LIBRARY) or path.is_relative_to(_HERE) or frame.filename.startswith("<")):
+            if frame.filename.startswith("<") or path.parent == _STANDARD:
+                continue
+            if not (path.is_relative_to(_LIBRARY) or path.is_relative_to(_HERE)):
                 return f" at {frame.filename}:{frame.lineno} (`{frame.line}`)"
     return ""

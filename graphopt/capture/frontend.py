@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture import modes
 from graphopt.capture.archive import load
-from graphopt.capture.build import build, user_inputs
+from graphopt.capture.build import build, user_inputs, varies
 from graphopt.capture.export import UndecidableError, run_export, working_copy
 from graphopt.capture.inputs import (
     BATCH,
@@ -168,7 +169,7 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> tuple[ExportedPro
 def _static(program: ExportedProgram, wanted: Dynamic) -> Iterator[tuple[int, int]]:
     for position, node in enumerate(user_inputs(program)):
         for dimension in sorted(wanted.get(position, ())):
-            if isinstance(node.meta["val"].shape[dimension], int):
+            if not varies(node.meta["val"].shape[dimension]):
                 yield position, dimension
 
 
@@ -189,9 +190,9 @@ def _range_notes(program: ExportedProgram, names: list[str]) -> list[str]:
             if value is not None:
                 notes.append(f"input {name} is fixed at {value!r}")
             continue
-        size: Any
-        for dimension, size in enumerate(value.shape):
-            expression = None if isinstance(size, int) else size.node.expr
+        sizes: list[Any] = list(value.shape)
+        for dimension, size in enumerate(sizes):
+            expression = size.node.expr if varies(size) else None
             allowed = program.range_constraints.get(expression)
             if allowed is None or expression in seen:
                 continue
@@ -216,11 +217,8 @@ def _finish(module: TraceModule, name: str, inputs: Inputs, notes: list[str], *,
     aliases = {
         name: canonical[id(tensor)] for name, tensor in tensors.items() if canonical.get(id(tensor), name) != name
     }
-    unread = [
-        name
-        for name, tensor in tensors.items()
-        if id(tensor) not in canonical and not name.endswith("num_batches_tracked")
-    ]
+    kept = module.state_dict(keep_vars=True)
+    unread = [name for name in kept if id(tensors[name]) not in canonical and not name.endswith("num_batches_tracked")]
     if unread:
         note = f"the graph does not read {modes.listed(unread)}; kept as in the original"
         notes = [*(each for each in notes if each != note), note]
@@ -230,10 +228,12 @@ def _finish(module: TraceModule, name: str, inputs: Inputs, notes: list[str], *,
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return every parameter and buffer under every name it has."""
+    """Return every parameter and buffer under every name it has, in the order of ``state_dict``."""
     return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
+        f"{path}.{name}".removeprefix("."): tensor
+        for path, part in model.named_modules(remove_duplicate=False)
+        for name, tensor in chain(part._parameters.items(), part._buffers.items())
+        if tensor is not None
     }
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from graphopt.capture.export import quiet
 from graphopt.capture.inputs import Inputs
-from graphopt.graph import MODE, OWNER, Call, TensorSpec, TraceModule, spec_of
+from graphopt.graph import MODE, OWNER, Call, TensorSpec, TraceModule, find_attribute, spec_of
 
 FLAGS: Final = ("training", "train", "use_input_stats")
 """Arguments by which an operator is told the mode."""
@@ -133,17 +133,9 @@ def _set(module: TraceModule, site: Site, value: Any) -> None:
         return
     node.meta[MODE] = {**node.meta.get(MODE, {}), call.key(argument): (now, value)}
     counter = f"{node.meta.get(OWNER, '')}.num_batches_tracked".removeprefix(".")
-    if node.target is BATCH_NORM and _has_buffer(module, counter):
+    if node.target is BATCH_NORM and find_attribute(module, counter) is not None:
         counters = module.meta.setdefault("counters", {})
         counters[counter] = counters.get(counter, 0) + 1
-
-
-def _has_buffer(module: nn.Module, name: str) -> bool:
-    try:
-        module.get_buffer(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _by_owner(site: Site, parts: Mapping[str, nn.Module]) -> Any:

@@ -1,0 +1,1 @@
+"""Check that a captured model is the model."""
