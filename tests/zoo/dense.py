@@ -110,7 +110,7 @@ _MASK2FORMER: tuple[Options, Options] = (
         "encoder_feedforward_dim": 88,
         "dim_feedforward": 104,
         "encoder_layers": 2,
-        "decoder_layers": 3,
+        "decoder_layers": 4,
         "num_attention_heads": 6,
         "num_queries": 11,
         "num_labels": 7,

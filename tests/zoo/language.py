@@ -48,19 +48,6 @@ def _tokens(
     return Arguments((), kwargs)
 
 
-def _bert(native: bool, batch: int, rng: torch.Generator) -> Arguments:
-    vocabulary, length = (30522, 128) if native else (151, 14)
-    segment = torch.arange(length) >= length // 2
-    return Arguments(
-        (),
-        {
-            "input_ids": _ids(vocabulary, batch, length, rng),
-            "attention_mask": _mask(batch, length),
-            "token_type_ids": segment.long().expand(batch, -1).contiguous(),
-        },
-    )
-
-
 def _t5(native: bool, batch: int, rng: torch.Generator) -> Arguments:
     vocabulary, source, target = (32128, 128, 64) if native else (173, 15, 7)
     return Arguments(
@@ -336,7 +323,7 @@ def _language(
 
 
 MODELS = [
-    ZooModel("bert", "language", partial(transformers_model, "BertForMaskedLM", "BertConfig", *_BERT), _bert),
+    _language("bert", "BertForMaskedLM", "BertConfig", _BERT, (151, 14), (30522, 128), padded=True),
     _language("gpt2", "GPT2LMHeadModel", "GPT2Config", _GPT2, (157, 13), (50257, 128)),
     _language("llama_gqa", "LlamaForCausalLM", "LlamaConfig", _LLAMA, (211, 11), (32000, 128)),
     _language("qwen2", "Qwen2ForCausalLM", "Qwen2Config", _QWEN2, (199, 13), (151936, 128), padded=True),

@@ -35,21 +35,20 @@ class ZooModel:
 
     The small size keeps the architecture (for vision models from timm and torchvision also every width and the depth)
     and shrinks what makes a forward pass slow: resolution, and for language models width, depth and vocabulary.
-    The native size is what a benchmark wants.
+    The native size is what a benchmark wants. Every model takes a batch of any size and exports as such: the first
+    dimension of every tensor input is the batch.
 
     Attributes:
         name: The key in `ZOO`.
         family: Which kind of architecture it is: "convnet", "vision-transformer", "language", "multimodal" or "dense".
         construct: Makes the module; the argument says whether in its native size. Its weights are overwritten.
         example: Makes the inputs: whether in native size, how many in the batch, and where randomness comes from.
-        static_batch: Why `torch.export` cannot keep the batch dynamic, or None where it can.
     """
 
     name: str
     family: str
     construct: Callable[[bool], nn.Module]
     example: Callable[[bool, int, torch.Generator], Arguments]
-    static_batch: str | None = None
 
     def build(self, *, native: bool = False, seed: int = 0) -> nn.Module:
         """Build the module with random weights, in eval mode and float32; the same whenever the seed is."""
@@ -60,6 +59,8 @@ class ZooModel:
                 module = self.construct(native).eval()
             randomise(module, seed)
             calibrate(module, *self.inputs(native=native, seed=seed), seed=seed)
+            # LeViT and EfficientFormer keep what they computed from their weights until they are put in train mode.
+            module.train().eval()
         return module
 
     def inputs(self, *, native: bool = False, batch: int = 2, seed: int = 1) -> Arguments:
