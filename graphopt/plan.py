@@ -1,0 +1,280 @@
+"""Remember what was kept of the input model's tensors, so that it can be looked at, saved, composed and applied again.
+
+What may live here: the plan and its file. A plan speaks of tensors by their names in the *input* model; it knows
+neither graphs nor groups once it is made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from graphopt.axes.algebra import Atom, Indices, kept_positions, leaves
+from graphopt.axes.infer import Typing
+from graphopt.errors import PipelineError
+
+__all__ = ["Plan"]
+
+FORMAT: Final = "graphopt-plan"
+VERSION: Final = "1"
+INDEX: Final = ".safetensors.index.json"
+
+Kept = dict[str, dict[int, Indices]]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Which indices of the input model's tensors are left.
+
+    Attributes:
+        keep: ``{name of the input model's tensor: {dimension: kept indices}}``, int64, sorted; tensors and dimensions
+            that lost nothing are not in it. A shared tensor stands under each of its names.
+        shapes: The shapes that these tensors had in the input model.
+    """
+
+    keep: Kept = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
+        """Translate the kept indices of groups of ``typing`` into those of tensor dimensions."""
+        kept: Kept = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for tensor, axes in typing.tensors.items():
+            dims = {
+                dim: kept_positions(axis, keep)
+                for dim, axis in enumerate(axes)
+                if any(leaf in keep and len(keep[leaf]) < leaf.size for leaf in leaves(axis))
+            }
+            if dims:
+                for name in typing.graph.names(tensor):
+                    kept[name] = dims
+                    shapes[name] = tuple(axis.size for axis in axes)
+        return cls(kept, shapes)
+
+    def then(self, later: Plan) -> Plan:
+        """Compose with a plan for the model that this one leaves; the result speaks of this one's input model.
+
+        Raises:
+            PipelineError: ``later`` was made for other shapes.
+        """
+        keep = {name: dict(dims) for name, dims in self.keep.items()}
+        shapes = dict(self.shapes)
+        for name, dims in later.keep.items():
+            if name in self.shapes and self.shape_after(name) != later.shapes[name]:
+                raise PipelineError(
+                    f"the plans do not follow each other: the first leaves {name} with shape {self.shape_after(name)}, "
+                    f"the second was made for {later.shapes[name]}; compose plans in the order in which they were made"
+                )
+            shapes.setdefault(name, later.shapes[name])
+            mine = keep.setdefault(name, {})
+            for dim, indices in dims.items():
+                mine[dim] = mine[dim][indices] if dim in mine else indices
+        return Plan(keep, shapes)
+
+    def shape_after(self, name: str) -> tuple[int, ...]:
+        """Return the shape that the plan leaves to a tensor it names."""
+        dims = self.keep[name]
+        return tuple(len(dims[d]) if d in dims else n for d, n in enumerate(self.shapes[name]))
+
+    def __len__(self) -> int:
+        """Count the tensors that lose something."""
+        return len(self.keep)
+
+    def __str__(self) -> str:
+        if not self.keep:
+            return "nothing is removed"
+        lines = (f"{name}: {list(self.shapes[name])} -> {list(self.shape_after(name))}" for name in self.keep)
+        return "\n".join(lines)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Plan):
+            return NotImplemented
+        return (
+            self.shapes == other.shapes
+            and self.keep.keys() == other.keep.keys()
+            and all(
+                dims.keys() == other.keep[name].keys()
+                and all(np.array_equal(indices, other.keep[name][d]) for d, indices in dims.items())
+                for name, dims in self.keep.items()
+            )
+        )
+
+    __hash__ = None  # type: ignore[assignment]  # holds arrays
+
+    # -- applying --
+
+    def apply(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> dict[str, torch.Tensor]:
+        """Return a state dict of the input model without what the plan removes; the rest is passed through.
+
+        Sliced tensors are new and contiguous; those that were one tensor in ``state`` are one in the result.
+
+        Raises:
+            PipelineError: a tensor has another shape than in the input model, or (``strict``) is missing.
+        """
+        missing = self.keep.keys() - state.keys()
+        if strict and missing:
+            raise PipelineError(
+                f"the state dict has no {sorted(missing)[0]} (and {len(missing) - 1} more that the plan shrinks): "
+                "apply the plan to a state dict of the model it was made for, or pass strict=False for a part of one"
+            )
+        made: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        result: dict[str, torch.Tensor] = {}
+        for name, tensor in state.items():
+            if name not in self.keep:
+                result[name] = tensor
+                continue
+            key = (tensor.data_ptr(), tuple(tensor.stride()))
+            if key not in made:
+                made[key] = self._sliced(name, tensor)
+            result[name] = made[key]
+        return result
+
+    def _sliced(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise PipelineError(
+                f"{name} has shape {tuple(tensor.shape)}, the plan was made for {self.shapes[name]}: "
+                "apply it to the model it was made for"
+            )
+        found = tensor.detach()
+        for dim, indices in self.keep[name].items():
+            found = found.index_select(dim, torch.from_numpy(indices).to(tensor.device))
+        return found
+
+    def apply_files(self, source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> list[Path]:
+        """Prune a safetensors checkpoint, one shard in memory at a time, and write it to ``directory``.
+
+        Args:
+            source: a ``.safetensors`` file, the ``.safetensors.index.json`` of a sharded checkpoint, or a folder that
+                holds one of the two.
+            directory: where the shards are written under their names, with the index rewritten. Made if need be.
+
+        Returns:
+            The files written, the index last.
+
+        Raises:
+            PipelineError: the source is no such checkpoint, or its tensors do not fit the plan; nothing is written.
+        """
+        shards, index = _shards(Path(source))
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        seen: set[str] = set()
+        total = 0
+        with tempfile.TemporaryDirectory(dir=target, prefix=".graphopt-") as scratch:
+            stage = Path(scratch)
+            for shard in shards:
+                with _open(shard, "pt") as file:
+                    metadata = file.metadata()
+                    state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+                seen |= state.keys()
+                kept = self.apply(state, strict=False)
+                total += sum(t.numel() * t.element_size() for t in kept.values())
+                safetensors.torch.save_file({n: t.contiguous() for n, t in kept.items()}, stage / shard.name, metadata)
+            # A file keeps one name of a shared tensor; that one is enough.
+            absent = [n for n in self.keep if n not in seen and not self._has_twin(n, seen)]
+            if absent:
+                raise PipelineError(f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written")
+            names = [shard.name for shard in shards]
+            if index is not None:
+                content = json.loads(index.read_text())
+                content["metadata"] = {**content.get("metadata", {}), "total_size": total}
+                (stage / index.name).write_text(json.dumps(content, indent=2) + "\n")
+                names.append(index.name)
+            for name in names:
+                os.replace(stage / name, target / name)
+        return [target / name for name in names]
+
+    def _has_twin(self, name: str, seen: set[str]) -> bool:
+        return any(self.keep[other] is self.keep[name] or _same(self.keep[other], self.keep[name]) for other in seen & self.keep.keys())
+
+    # -- the file --
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as a safetensors file, in one step."""
+        arrays = {f"{dim}:{name}": indices for name, dims in self.keep.items() for dim, indices in dims.items()}
+        metadata = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(self.shapes)}
+        target = Path(path)
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".graphopt-", delete=False) as scratch:
+            try:
+                scratch.write(safetensors.numpy.save(arrays, metadata))
+                scratch.close()
+                os.replace(scratch.name, target)
+            except BaseException:
+                os.unlink(scratch.name)
+                raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan that :meth:`save` wrote; nothing is unpickled.
+
+        Raises:
+            PipelineError: the file is no plan, or one that contradicts itself.
+        """
+        with _open(Path(path), "numpy") as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+        if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+            raise PipelineError(
+                f"{path} is a safetensors file, but no plan of version {VERSION}: its format is "
+                f"{metadata.get('format')!r}, version {metadata.get('version')!r}; save the plan again with Plan.save"
+            )
+        try:
+            shapes = {str(n): tuple(int(s) for s in shape) for n, shape in json.loads(metadata["shapes"]).items()}
+            keep: Kept = {name: {} for name in shapes}
+            for key, indices in arrays.items():
+                dim, _, name = key.partition(":")
+                keep[name][int(dim)] = _checked(indices, shapes[name][int(dim)])
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise PipelineError(f"the plan in {path} contradicts itself ({error}); save it again with Plan.save") from error
+        return cls(keep, shapes)
+
+
+def _checked(indices: Any, size: int) -> Indices:
+    if indices.ndim != 1 or indices.dtype != np.int64 or not len(indices):
+        raise ValueError("kept indices must be a row of int64")
+    if indices[0] < 0 or indices[-1] >= size or (np.diff(indices) <= 0).any():
+        raise ValueError("kept indices must be sorted, unique and in range")
+    return indices  # type: ignore[no-any-return]
+
+
+def _same(a: Mapping[int, Indices], b: Mapping[int, Indices]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(indices, b[d]) for d, indices in a.items())
+
+
+def _open(path: Path, framework: str) -> Any:
+    try:
+        return safetensors.safe_open(path, framework=framework)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise PipelineError(f"cannot read {path} as a safetensors file: {error}") from error
+
+
+def _shards(source: Path) -> tuple[list[Path], Path | None]:
+    """Return the shards of a checkpoint, and its index where it has one; only files beside the index count."""
+    if source.is_dir():
+        found = sorted(source.glob(f"*{INDEX}")) or sorted(source.glob("*.safetensors"))
+        if len(found) != 1:
+            raise PipelineError(
+                f"{source} holds {len(found)} checkpoints; name the .safetensors file or the {INDEX} to prune"
+            )
+        source = found[0]
+    if not source.name.endswith(INDEX):
+        return [source], None
+    try:
+        names = sorted(set(json.loads(source.read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise PipelineError(f"{source} is no index of a sharded checkpoint: {error}") from error
+    for name in names:
+        if Path(name).name != name:
+            raise PipelineError(f"the index {source} points outside its folder: {name!r}")
+    return [source.parent / name for name in names], source
