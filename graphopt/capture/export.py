@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import io
 import logging
 import traceback
@@ -67,6 +68,28 @@ def _held_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                     yield leaf
 
 
+@contextlib.contextmanager
+def without_cache(model: nn.Module, inputs: Inputs) -> Iterator[list[str]]:
+    """Have a Hugging Face model return no key-value cache, unless ``inputs`` say something about it.
+
+    A cache is of a type that no graph can return; and as a result it would fix the heads which it holds.
+
+    Yields:
+        A sentence for the report where this changes what the model returns.
+    """
+    configs = {id(config): config for part in model.modules() if (config := getattr(part, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    if "use_cache" in inputs[1] or "past_key_values" not in inspect.signature(model.forward).parameters:
+        caching = []
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield ["config.use_cache counts as False: the graph returns no key-value cache"] if caching else []
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 def _attributes(part: nn.Module) -> dict[str, Any]:
     return {
         name: value.copy() if name in ("_parameters", "_buffers", "_modules") else value
@@ -89,7 +112,7 @@ def run_export(model: nn.Module, inputs: Inputs, dynamic: Dynamic) -> ExportedPr
             _register(leaf)
     hook = model.register_forward_hook(lambda _module, _args, output: _register(output))
     try:
-        with quiet(), torch.enable_grad(), torch.autocast("cpu", enabled=False), _fused_encoder(enabled=False):
+        with quiet(), torch.enable_grad(), _full_precision(model), _fused_encoder(enabled=False):
             return torch.export.export(
                 model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs), strict=False
             )
@@ -129,6 +152,15 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _full_precision(model: nn.Module) -> Iterator[None]:
+    # An autocast around the call that captures is no part of the model.
+    with contextlib.ExitStack() as stack:
+        for device in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def _fused_encoder(*, enabled: bool) -> Iterator[None]:
     # Where no parameter needs a gradient, nn.TransformerEncoderLayer is one fused operator, which could not train.
     before = torch.backends.mha.get_fastpath_enabled()
@@ -149,6 +181,8 @@ def in_plain_words(model: nn.Module, error: BaseException) -> str:
             "with torch.where, or leave this part out of forward"
         )
     message = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+    if "Cache" in message and "not a known type" in message:
+        return f"{name} returns a key-value cache, which no graph can hold{where}: pass use_cache=False"
     if "not a known type" in message or "Unsupported" in message or "nsupported input type" in message:
         return (
             f"{name} takes or returns a value that has no tensors a graph could see{where}: {message}. Return tensors, "

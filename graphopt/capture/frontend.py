@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import modes
 from graphopt.capture.archive import load
 from graphopt.capture.build import build, user_inputs, varies
-from graphopt.capture.export import UndecidableError, run_export, working_copy
+from graphopt.capture.export import UndecidableError, run_export, without_cache, working_copy
 from graphopt.capture.inputs import (
     BATCH,
     Dynamic,
@@ -53,7 +53,11 @@ def capture(
     """Turn a model into a graph of ATen operators that owns its tensors and can be trained.
 
     The model itself is not touched: not its tensors, not its mode, not its attributes. The graph is in evaluation mode
-    whatever mode the model was in; ``graph.training`` says which that was.
+    whatever mode the model was in; ``graph.training`` says which that was. Convert a model (``model.double()``) before
+    it is captured: types that its code computes are built in.
+
+    A varying dimension of size 1 is captured at another size, so a model that treats a batch of one in a way of its
+    own is captured as it treats larger ones.
 
     Args:
         model: an ``nn.Module`` (also an ``fx.GraphModule``), a :class:`~graphopt.graph.TraceModule` from an earlier
@@ -69,15 +73,16 @@ def capture(
     Raises:
         CaptureError: if there are no example inputs, or the model cannot be captured; the message says what to do.
     """
-    if isinstance(model, str | os.PathLike):
-        return _from_program(load(_checked_path(Path(model))), example_inputs, dynamic)
-    if isinstance(model, ExportedProgram):
-        return _from_program(model, example_inputs, dynamic)
-    if isinstance(model, TraceModule):
-        return _from_trace(model, example_inputs, dynamic)
-    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
-        return _from_module(_unwrapped(model), example_inputs, dynamic)
-    raise CaptureError(_refusal(model))
+    with torch.inference_mode(mode=False):  # tensors that are made in inference mode could not be trained
+        if isinstance(model, str | os.PathLike):
+            return _from_program(load(_checked_path(Path(model))), example_inputs, dynamic)
+        if isinstance(model, ExportedProgram):
+            return _from_program(model, example_inputs, dynamic)
+        if isinstance(model, TraceModule):
+            return _from_trace(model, example_inputs, dynamic)
+        if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+            return _from_module(_unwrapped(model), example_inputs, dynamic)
+        raise CaptureError(_refusal(model))
 
 
 def _from_module(model: nn.Module, example_inputs: Any, dynamic: Any) -> Graph:
@@ -87,9 +92,10 @@ def _from_module(model: nn.Module, example_inputs: Any, dynamic: Any) -> Graph:
     inputs = _owned(find_inputs(model) if example_inputs is None else normalise(example_inputs))
     tensors = _tensors(model)
     training = model.training
-    with working_copy(model) as duplicate:
+    with working_copy(model) as duplicate, without_cache(duplicate, inputs) as notes:
         duplicate.eval()
-        program, exported_with, notes = _export(duplicate, inputs, dynamic)
+        program, exported_with, found = _export(duplicate, inputs, dynamic)
+        notes += found
         owner = Owner([*tensors.values(), *_constants(program)])
         owned = {name: owner.own(tensor) for name, tensor in tensors.items()}
         module = build(program, owned, _transient(model), owner.own, inputs).module

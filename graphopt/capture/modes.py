@@ -213,6 +213,15 @@ def _not_carried(module: TraceModule, parts: Mapping[str, nn.Module]) -> Iterato
     owners: dict[str, set[Any]] = {}
     for node in module.graph.nodes:
         owners.setdefault(node.meta.get(OWNER, ""), set()).add(node.target)
+    inner = [
+        node
+        for body in module.children()
+        if isinstance(body, fx.GraphModule)
+        for node in body.graph.nodes
+        if any(value is False for _, value in _arguments(node))
+    ]
+    if inner:
+        yield f"{len(inner)} operators inside branches or loops stay in evaluation mode in training"
     averaging = [
         name for name, part in parts.items() if isinstance(part, _NormBase) and name in owners and part.momentum is None
     ]

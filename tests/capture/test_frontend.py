@@ -566,6 +566,12 @@ class TestHigherOrder:
         assert "detach" not in graph.text()
         assert_trains_like(model, graph, images(4))
 
+    def test_capture_in_inference_mode_still_trains(self) -> None:
+        model = warm(Net())
+        with torch.inference_mode():
+            graph = capture(model, images(2))
+        assert_trains_like(model, graph, images(4))
+
     def test_autocast_around_the_capture_is_not_captured(self) -> None:
         model = nn.Linear(4, 4)
         with torch.autocast("cpu", torch.bfloat16):

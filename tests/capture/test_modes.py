@@ -190,6 +190,14 @@ class TestNotes:
         graph = capture(nn.Sequential(nn.Linear(3, 3), DropPath()), torch.randn(2, 3))
         assert graph.notes == ["stochastic depth is not applied in training: 1"]
 
+    def test_branches(self) -> None:
+        class Branches(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.cond(x.sum() > 0, lambda x: F.dropout(x, 0.5, self.training), lambda x: x.sin(), (x,))
+
+        graph = capture(Branches(), torch.randn(2, 3))
+        assert graph.notes == ["1 operators inside branches or loops stay in evaluation mode in training"]
+
     def test_a_model_whose_training_mode_cannot_be_traced(self) -> None:
         class Skips(Attention):
             def forward(self, x: Tensor) -> Tensor:
