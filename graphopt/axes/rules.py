@@ -152,12 +152,20 @@ class ConvAxes:
 
 
 def convolution(
-    t: Typer, x: Axes, weight: Axes, bias: Axes | None, out_shape: Sequence[int], *, groups: int, transposed: bool
+    t: Typer,
+    x: Axes,
+    weight: Axes,
+    bias: Axes | None,
+    out_shape: Sequence[int],
+    *,
+    groups: int,
+    transposed: bool,
+    moves: bool,
 ) -> ConvAxes:
     """Convolve ``x (n, c, …)`` with ``weight (o, c/groups, …)``, or ``(c, o/groups, …)`` when transposed.
 
     Input and output channels of a grouped convolution are ``groups x channels of a group``: a group goes whole, or
-    every group loses the same channels.
+    every group loses the same channels. Where the convolution ``moves`` (by a stride or padding) no place is kept.
     """
     spatial = len(weight) - 2
     batch, channels = x[: -spatial - 1], x[-spatial - 1]
@@ -182,46 +190,63 @@ def convolution(
         t.mark(weight[0], "channels in each conv group")
     if bias is not None:
         t.unify(bias[0], out)
-    places = [_place(t, *each) for each in zip(x[-spatial:], weight[2:], out_shape[-spatial:], strict=True)]
+    places = [_place(t, *each, moves) for each in zip(x[-spatial:], weight[2:], out_shape[-spatial:], strict=True)]
     t.multiply(*batch, *(x[-spatial:] if transposed else places), *weight)
     return ConvAxes((*batch, out, *places), count, inner)
 
 
-def _place(t: Typer, before: Axis, kernel: Axis, size: int) -> Axis:
-    """Pass a spatial axis through a kernel of extent one; any larger kernel mixes its positions."""
-    if kernel is ONE and before.size == size:
+def _place(t: Typer, before: Axis, kernel: Axis, size: int, moves: bool) -> Axis:
+    """Pass a spatial axis through a kernel of extent one that stays in place; any other mixes its positions."""
+    if kernel is ONE and not moves:
         return before
     t.freeze(before, "a spatial dimension")
     return t.fixed(size, "a spatial dimension")
 
 
 def reshape(t: Typer, x: Axes, sizes: Sequence[int]) -> Axes:
-    """Flatten row-major and cut anew: take factors from the left until each new dimension is full."""
+    """Flatten row-major and cut anew, within the smallest runs of dimensions that have as many positions."""
     if prod(sizes) == 0:
         return _rigid(t, x, sizes, "an empty tensor")
-    pending = [f for a in reversed(x) for f in ((a,) if a is not ONE else ())]
+    sources = [a for a in reversed(x) if a is not ONE]
+    wanted = [n for n in reversed(sizes) if n != 1]
+    made: list[Axis] = []
+    while sources:
+        run, parts = [sources.pop()], [wanted.pop()]
+        have, want = run[0].size, parts[0]
+        while have != want:
+            if have < want:
+                run.append(sources.pop())
+                have *= run[-1].size
+            else:
+                parts.append(wanted.pop())
+                want *= parts[-1]
+        made.extend(_regroup(t, run, parts))
+    rest = iter(made)
+    return tuple(ONE if n == 1 else next(rest) for n in sizes)
+
+
+def _regroup(t: Typer, run: Sequence[Axis], sizes: Sequence[int]) -> Axes:
+    """Take factors from the left until each new dimension is full."""
+    pending = list(reversed(run))
     out: list[Axis] = []
     for size in sizes:
         taken: list[Axis] = []
         missing = size
         while missing > 1:
             factor = pending.pop()
-            if factor.size > missing:
-                outer, inner = t.split(factor, missing) if factor.size % missing == 0 else (None, None)
-                if outer is None or inner is None:
-                    return _rigid(t, x, sizes, "a reshape mixes it with its neighbours")
-                pending.append(inner)
-                factor = outer
-            elif missing % factor.size:
+            if max(factor.size, missing) % min(factor.size, missing):
                 # e.g. (4, 9) -> (6, 6): 4 does not divide 6
-                return _rigid(t, x, sizes, "a reshape mixes it with its neighbours")
+                return _rigid(t, run, sizes, "a reshape mixes it with its neighbours")
+            if factor.size > missing:
+                factor, inner = t.split(factor, missing)
+                pending.append(inner)
             taken.append(factor)
             missing //= factor.size
         out.append(product(taken))
     return tuple(out)
 
 
-def _rigid(t: Typer, x: Axes, sizes: Sequence[int], why: str) -> Axes:
+def _rigid(t: Typer, x: Sequence[Axis], sizes: Sequence[int], why: str) -> Axes:
     for axis in x:
         t.freeze(axis, why)
     return t.opaque(sizes, why)
