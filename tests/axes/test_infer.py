@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,3 +129,80 @@ def test_causal_attention_fixes_the_order_of_its_queries() -> None:
     assert "queries[1]" in normalised(Latents(causal=False), x)
     assert "queries[1]" not in normalised(Latents(causal=True), x)
     assert reasons(typed(Latents(causal=True), x), "queries", 1) == {"causal attention over it"}
+
+
+# -- what orders or measures places ------------------------------------------------------------------------------------
+
+
+class Tokens(nn.Module):
+    """Apply an operator along both dimensions of tokens that have widths ``n`` (free) and ``c`` (free)."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], n: int = 6, c: int = 8) -> None:
+        super().__init__()
+        self.width, self.tokens = nn.Linear(5, c), nn.Linear(4, n, bias=False)
+        self.function, self.last = function, nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.tokens(self.width(x).transpose(1, 2)).transpose(1, 2)
+        return self.function(y) * self.last
+
+
+def kinds(function: Callable[[Tensor], Tensor], **sizes: int) -> tuple[str, str]:
+    """Return whether tokens and width are frozen, normalised over or exact under a function; check what is free."""
+    found = normalised(Tokens(function, **sizes), torch.randn(3, 4, 5).double())
+    tokens, width = (found.get(name) for name in ("tokens.weight[0]", "width.weight[0]"))
+    return tuple({None: "frozen", True: "normalised", False: "exact"}[each] for each in (tokens, width))  # type: ignore[return-value]
+
+
+def test_norms_over_free_places() -> None:
+    assert kinds(lambda y: F.instance_norm(y).square().sum((1, 2))) == ("exact", "normalised")
+    assert kinds(lambda y: F.group_norm(y, 3).square().sum((1, 2))) == ("normalised", "normalised")
+    assert kinds(lambda y: F.group_norm(y, 6).square().sum((1, 2))) == ("exact", "normalised")
+    assert kinds(lambda y: F.batch_norm(y, None, None, training=True).square().sum((1, 2))) == ("exact", "normalised")
+    assert kinds(lambda y: F.layer_norm(y, (6, 8)).square().sum((1, 2))) == ("normalised", "normalised")
+
+
+def test_norms_of_any_order() -> None:
+    assert kinds(lambda y: torch.linalg.vector_norm(y, 3, dim=1).square().sum(1)) == ("exact", "exact")
+    assert kinds(lambda y: torch.linalg.vector_norm(y, float("inf"), dim=1).sum(1)) == ("exact", "exact")
+    assert kinds(lambda y: torch.linalg.vector_norm(y, -1, dim=1).square().sum(1)) == ("frozen", "exact")
+    assert kinds(lambda y: y.norm(p=-2, dim=2).square().sum(1)) == ("exact", "frozen")
+
+
+def test_quotients_of_zeros_are_not_zero() -> None:
+    assert kinds(lambda y: ((y + 0.5) / (y.square() + 0.1)).sum((1, 2))) == ("normalised", "normalised")
+    assert kinds(lambda y: (y / (y.square() + 0.1)).sum((1, 2))) == ("exact", "exact")
+    assert kinds(lambda y: torch.addcdiv(y, y, y.square() + 1).sum((1, 2))) == ("exact", "exact")
+
+
+def test_a_pointwise_convolution_that_moves() -> None:
+    weight = torch.ones(6, 6, 1).double()
+    assert kinds(lambda y: F.conv1d(y, weight).square().sum((1, 2)))[1] == "exact"
+    assert kinds(lambda y: F.conv1d(y, weight, padding=1).square().sum((1, 2)))[1] == "frozen"
+    # size kept, places moved: (7 + 2 * 3 - 1) // 2 + 1 = 7
+    assert kinds(lambda y: F.conv1d(y, weight, stride=2, padding=3).square().sum((1, 2)), c=7)[1] == "frozen"
+
+
+def test_space_is_fixed_where_it_is_made_of_channels() -> None:
+    assert kinds(lambda y: F.pixel_shuffle(y.view(3, 2, 3, 2, 4).transpose(2, 3).flatten(1, 2), 2).square().sum((1, 2, 3)))
+    image = lambda y: y[:, :, None].unflatten(3, (2, 4))[:, :, 0]  # noqa: E731
+    assert kinds(lambda y: F.pixel_unshuffle(image(y), 2).square().sum((1, 2, 3))) == ("exact", "frozen")
+    assert kinds(lambda y: F.unfold(image(y), 2).square().sum((1, 2))) == ("exact", "frozen")
+    assert kinds(lambda y: F.fold(y.repeat(1, 2, 1), (3, 5), 2).square().sum((1, 2, 3))) == ("frozen", "frozen")
+
+
+def test_gathering_from_a_longer_axis_fixes_both() -> None:
+    index = torch.tensor([2, 0, 1])
+    assert kinds(lambda y: y.gather(2, index.expand(3, 6, 3)).square().sum((1, 2))) == ("exact", "frozen")
+    assert kinds(lambda y: y.gather(2, index.expand(3, 4, 3)).square().sum((1, 2))) == ("frozen", "frozen")
+    assert kinds(lambda y: torch.take_along_dim(y, index.expand(3, 1, 3), 2).square().sum((1, 2)))[1] == "frozen"
+    assert kinds(lambda y: torch.take_along_dim(y.contiguous(), index).square().sum(0, keepdim=True)) == ("frozen", "frozen")
+
+
+def test_a_reshape_freezes_no_more_than_it_mixes() -> None:
+    assert kinds(lambda y: y.reshape(y.shape[0], 6, 2, 4).square().sum((1, 2, 3))) == ("exact", "exact")
+    # (6, 4) -> (4, 6) mixes; the 2 stands aside
+    mixed = lambda y: y.unflatten(2, (2, 4)).transpose(1, 2).reshape(y.shape[0], 2, 4, 6)  # noqa: E731
+    found = typed(Tokens(lambda y: mixed(y).square().sum((1, 2, 3))), torch.randn(3, 4, 5).double())
+    assert [g.size for g in found.groups if g.places[0].tensor == "width.weight"] == [2]
+    assert reasons(found, "width.weight", 0) == {"a reshape mixes it with its neighbours"}

@@ -37,10 +37,17 @@ def _convolution(t: Typer, call: Call) -> Value:
         t.shape(),
         groups=call["groups"],
         transposed=transposed,
+        moves=_moves(call),
     )
     t.facts[call.node] = found.groups
     t.contract(found.summed, call["input"], call["weight"])
     return found.out
+
+
+def _moves(call: Call) -> bool:
+    """Say whether a convolution steps or pads, so that even a kernel of extent one moves its places."""
+    padding = call["padding"]
+    return any(s != 1 for s in call["stride"]) or (isinstance(padding, list | tuple) and any(p != 0 for p in padding))
 
 
 def _resize_convolution(r: Resizer, call: Call) -> None:

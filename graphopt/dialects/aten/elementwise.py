@@ -65,8 +65,18 @@ def _prelu(t: Typer, call: Call) -> Value:
     return x
 
 
-def _addcmul_zeros(z: Zeros, call: Call) -> Atoms:
+def _zeros_of_quotient(z: Zeros, call: Call) -> Atoms:
+    """0 / x is zero, unless x is zero too."""
+    dividend, divisor = call.node.args[:2]
+    return z[dividend] - z[divisor]
+
+
+def _zeros_of_addcmul(z: Zeros, call: Call) -> Atoms:
     return z.every(z[call["self"]], z.some(call["tensor1"], call["tensor2"]))
+
+
+def _zeros_of_addcdiv(z: Zeros, call: Call) -> Atoms:
+    return z.every(z[call["self"]], z[call["tensor1"]] - z[call["tensor2"]])
 
 
 def _lerp(t: Typer, call: Call) -> Value:
@@ -101,7 +111,7 @@ OPERATORS = {
     **table(Operator(same, _zeros_of_hardtanh), "hardtanh", "hardtanh_"),
     **table(Operator(elementwise, _zeros_of_product), "mul", "mul_", "logical_and", "multiply.Tensor", "multiply.Scalar"),
     **table(
-        Operator(elementwise, lambda z, call: z[call.node.args[0]]),
+        Operator(elementwise, _zeros_of_quotient),
         *("div", "div_", "true_divide.Tensor", "true_divide.Scalar", "floor_divide", "remainder.Tensor", "remainder.Scalar"),
         *("fmod.Tensor", "fmod.Scalar"),
     ),
@@ -120,7 +130,8 @@ OPERATORS = {
     **table(Operator(elementwise, _zeros_of_power), "pow.Tensor_Scalar", "pow_.Scalar"),
     **table(Operator(elementwise, _zeros_of_clamp), "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_"),
     **table(Operator(_lerp, _zeros_of_every), "lerp"),
-    **table(Operator(elementwise, _addcmul_zeros), "addcmul", "addcmul_", "addcdiv", "addcdiv_"),
+    **table(Operator(elementwise, _zeros_of_addcmul), "addcmul", "addcmul_"),
+    **table(Operator(elementwise, _zeros_of_addcdiv), "addcdiv", "addcdiv_"),
     **table(Operator(_prelu, lambda z, call: z[call["self"]]), "prelu"),
     aten.copy_.default: Operator(elementwise, _zeros_of_every),
     aten._assert_tensor_metadata.default: Operator(_no_value),

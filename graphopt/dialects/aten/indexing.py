@@ -62,13 +62,18 @@ def _index_select(t: Typer, call: Call) -> Value:
 def _gather(t: Typer, call: Call) -> Value:
     """Entries move along ``dim``; along the other dimensions index and source must agree where they are whole."""
     x, index = t[call["self"]], t[call["index" if call.has("index") else "indices"]]
-    dim = (call["dim"] or 0) % len(x)
+    if call["dim"] is None:
+        for axis in (*x, *index):
+            t.freeze(axis, _WHY)
+        return t.opaque(t.shape(), _WHY)
+    dim = call["dim"] % len(x)
     t.freeze(x[dim], _WHY)
     for d, (a, b) in enumerate(zip(x, index, strict=True)):
         if d != dim and a.size == b.size:
             t.unify(a, b)
         elif d != dim:
             t.freeze(a, _WHY)
+            t.freeze(b, _WHY)
     t.freeze(index[dim], _WHY)
     return index
 

@@ -22,21 +22,23 @@ def _batch_norm(t: Typer, call: Call) -> Value:
         vector = optional(t, call[name])
         if vector is not None:
             t.unify(x[1], vector[0])
-    if _uses_batch_statistics(call):
-        for d, axis in enumerate(x):
-            if d != 1:
-                t.normalise(axis)
+    for d in _measured_dims(call, len(x)):
+        t.normalise(x[d])
     return x
 
 
-def _uses_batch_statistics(call: Call) -> bool:
+def _measured_dims(call: Call, rank: int) -> list[int]:
+    """Return the dimensions over which a batch or instance norm takes its own statistics, which may be none."""
     if call.has("use_input_stats"):
-        return False
-    return bool(call["training"]) or call["running_mean"] is None
+        return list(range(2, rank)) if call["use_input_stats"] else []
+    measured = bool(call["training"]) or call["running_mean"] is None
+    return [d for d in range(rank) if d != 1] if measured else []
 
 
 def _zeros_of_batch_norm(z: Zeros, call: Call) -> Atoms:
-    centred = z[call["input"]] if call["running_mean"] is None else z.every(call["input"], call["running_mean"])
+    centred = z.outside(call["input"], _measured_dims(call, len(z.axes(call["input"]))))
+    if call["running_mean"] is not None:
+        centred = z.every(centred, call["running_mean"])
     scaled = z.some(centred, call["weight"])
     return z.every(scaled, call["bias"])
 
@@ -67,14 +69,15 @@ def _resize_layer_norm(r: Resizer, call: Call) -> None:
 
 
 def _group_norm(t: Typer, call: Call) -> Value:
-    """Normalise inside each group: whole groups go exactly, channels inside all groups renormalise."""
+    """Normalise over space inside each group: whole groups go exactly, channels inside all groups renormalise."""
     x = t[call["input"]]
     groups, inner = t.split(x[1], call["num_groups"])
     for name in ("weight", "bias"):
         affine = optional(t, call[name])
         if affine is not None:
             t.unify(affine[0], x[1])
-    t.normalise(inner)
+    for axis in (inner, *x[2:]):
+        t.normalise(axis)
     t.mark(groups, "norm groups")
     t.facts[call.node] = (groups, inner)
     return x
@@ -83,7 +86,7 @@ def _group_norm(t: Typer, call: Call) -> Value:
 def _zeros_of_group_norm(z: Zeros, call: Call) -> Atoms:
     channels: Axis = z.axes(call["input"])[1]
     inside = _inner_atoms(channels, call["num_groups"])
-    scaled = z.some(z[call["input"]] - inside, call["weight"])
+    scaled = z.some(z.outside(call["input"], range(2, len(z.axes(call["input"])))) - inside, call["weight"])
     return z.every(scaled, call["bias"])
 
 

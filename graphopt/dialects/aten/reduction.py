@@ -29,6 +29,12 @@ def _sum(t: Typer, call: Call) -> Value:
     return out
 
 
+def _norm(t: Typer, call: Call) -> Value:
+    """A norm of a positive order sums; one of a negative order finds the smallest entries."""
+    order = next((call[name] for name in ("ord", "p") if call.has(name)), None)
+    return _extremum(t, call) if isinstance(order, int | float) and order < 0 else _sum(t, call)
+
+
 def _mean(t: Typer, call: Call) -> Value:
     """A mean divides by the count: it renormalises over the kept indices."""
     x, dims, out = _reduced(t, call)
@@ -83,7 +89,7 @@ _EXTREMUM = Operator(_extremum)
 
 OPERATORS: dict[Any, Operator] = {
     **table(Operator(_sum, zeros_of_first), "sum.default", "sum.dim_IntList", "nansum.default"),
-    **table(Operator(_sum, zeros_of_first), "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "frobenius_norm.dim"),
+    **table(Operator(_norm, zeros_of_first), "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "frobenius_norm.dim"),
     **table(Operator(_mean, zeros_of_first), "mean.default", "mean.dim"),
     **table(Operator(_mean, zeros_of_first), "var.correction", "var.dim", "std.correction", "std.dim", "var.default", "std.default"),
     **table(Operator(_mean_and_variance, zeros_of_first), "var_mean.correction", "var_mean.dim", "std_mean.correction"),

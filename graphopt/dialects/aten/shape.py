@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from graphopt.axes.algebra import ONE, Axis, concat, is_frozen, product
-from graphopt.axes.infer import NO_ATOMS, Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.infer import NO_ATOMS, Atoms, Axes, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import Window, drop, is_boundary, join, pad, permute, reshape, sections, spread, tile, window
-from graphopt.dialects.aten.common import dims_of, hints, table, zeros_of_first
+from graphopt.dialects.aten.common import dims_of, frozen_dims, hints, table, zeros_of_first
 from graphopt.graph import Call, hint, tensor_spec
 
 aten = torch.ops.aten
@@ -98,8 +98,8 @@ def _unsqueeze(t: Typer, call: Call) -> Value:
 def _squeeze(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dims = dims_of(call["dim"], len(x)) if call.has("dim") else list(range(len(x)))
-    shape = call.spec("self").shape
-    return drop(x, [d for d in dims if shape[d] == 1], keepdim=False)
+    spec = call.spec("self")
+    return drop(x, [d for d in dims if spec.shape[d] == 1 and not spec.dynamic[d]], keepdim=False)
 
 
 # -- expansion ------------------------------------------------------------------------------------------------------
@@ -124,6 +124,11 @@ def _reshape_as(t: Typer, call: Call) -> Value:
     for a, b in zip(out, t[call["other"]], strict=True):
         t.unify(a, b)
     return out
+
+
+def _loosen(r: Resizer, call: Call) -> None:
+    """Replace a strict view like another tensor: a sliced tensor may have other strides."""
+    call.node.target = aten.reshape_as.default
 
 
 def _repeat(t: Typer, call: Call) -> Value:
@@ -384,9 +389,15 @@ def _gate(t: Typer, call: Call) -> Value:
 # -- channels into space and back -----------------------------------------------------------------------------------
 
 
+def _fixed_space(t: Typer, x: Axes, rank: int) -> Axes:
+    """Freeze the last ``rank`` dimensions, which are places."""
+    frozen_dims(range(len(x) - rank, len(x)), x, t, "a spatial dimension")
+    return x
+
+
 def _pixel_shuffle(t: Typer, call: Call) -> Value:
     """``(n, c r r, h, w) -> (n, c, h r, w r)``: the r x r sub-positions are fixed."""
-    x = t[call["self"]]
+    x = _fixed_space(t, t[call["self"]], 2)
     factor = call["upscale_factor"]
     channels, places = t.split(x[-3], x[-3].size // factor**2)
     t.freeze(places, "a sub-position in space")
@@ -394,7 +405,7 @@ def _pixel_shuffle(t: Typer, call: Call) -> Value:
 
 
 def _pixel_unshuffle(t: Typer, call: Call) -> Value:
-    x = t[call["self"]]
+    x = _fixed_space(t, t[call["self"]], 2)
     places = t.fixed(call["downscale_factor"] ** 2, "a sub-position in space")
     return (*x[:-3], product((x[-3], places)), *t.opaque(t.shape()[-2:], "a spatial dimension"))
 
@@ -407,13 +418,13 @@ def _channel_shuffle(t: Typer, call: Call) -> Value:
 
 
 def _im2col(t: Typer, call: Call) -> Value:
-    x = t[call["self"]]
+    x = _fixed_space(t, t[call["self"]], 2)
     patch = t.fixed(prod(call["kernel_size"]), "a patch's position")
     return (*x[:-3], product((x[-3], patch)), t.fixed(t.shape()[-1], "patches"))
 
 
 def _col2im(t: Typer, call: Call) -> Value:
-    x = t[call["self"]]
+    x = _fixed_space(t, t[call["self"]], 1)
     channels, patch = t.split(x[-2], x[-2].size // prod(call["kernel_size"]))
     t.freeze(patch, "a patch's position")
     return (*x[:-2], channels, *t.opaque(t.shape()[-2:], "a spatial dimension"))
@@ -433,7 +444,8 @@ OPERATORS: dict[Any, Operator] = {
     aten.reshape.default: Operator(_view, zeros_of_first, _resize_view("shape")),
     **table(Operator(_view, zeros_of_first), "flatten.using_ints", "ravel.default"),
     aten.unflatten.int: Operator(_view, zeros_of_first, _unflatten_resize),
-    **table(Operator(_reshape_as, zeros_of_first), "reshape_as", "view_as"),
+    aten.reshape_as.default: Operator(_reshape_as, zeros_of_first),
+    aten.view_as.default: Operator(_reshape_as, zeros_of_first, _loosen),
     **table(_MOVE, "permute.default"),
     **table(_SWAP, "transpose.int", "swapaxes.default", "transpose_.default", "swapdims.default"),
     **table(Operator(_reverse, zeros_of_first), "t.default", "numpy_T.default"),
