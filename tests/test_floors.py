@@ -23,7 +23,6 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"optimize"}),
     frozenset({"__init__"}),
     frozenset({"cli", "testing"}),
-    frozenset({"__main__"}),
 )
 
 
