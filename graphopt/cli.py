@@ -30,8 +30,8 @@ from graphopt.errors import CaptureError, GraphOptError, PipelineError, nearest_
 from graphopt.graph import Graph
 from graphopt.optimize import optimize as optimize_model
 from graphopt.pipeline import Observer, describe, registered, summary, watching
-from graphopt.report import Inspection, PassRecord, Report
-from graphopt.report.terminal import explanation_lines, statistics
+from graphopt.report import Inspection, PassRecord, Report, explanation_lines
+from graphopt.report.terminal import statistics
 from graphopt.targets import TARGETS
 
 __all__ = ["app", "main"]

@@ -34,8 +34,7 @@ from graphopt.importance.calibration import batches
 from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer
 from graphopt.pipeline import run as run_pipeline
 from graphopt.plan import Plan
-from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, unknown_rows
-from graphopt.report.terminal import print_explanation
+from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, print_explanation, unknown_rows
 from graphopt.report.wording import amount, listing, plural
 from graphopt.targets import Lowered, Target, find_target, write_manifest
 from graphopt.targets.base import staged

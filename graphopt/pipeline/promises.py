@@ -105,12 +105,16 @@ class Promise:
                 yield _compared("the model before and to be pruned", label, equivalence, self.before, self.edited, each)
             yield _compared(MASKED, label, masked_equivalence, removal.typing, removal.keep, after, each)
         if removal is not None and inputs:
-            label, each = inputs[0]
-            with generic_parameters(removal.typing.graph) as moved:
-                if moved:
-                    subject = f"{MASKED}, with noise in {len(moved)} constant tensors"
-                    pruned = self.rewritten()
-                    yield _compared(subject, label, masked_equivalence, removal.typing, removal.keep, pruned, each)
+            found = self._compared_with_noise(removal, *inputs[0])
+            if found is not None:
+                yield found
+
+    def _compared_with_noise(self, removal: Removal, label: str, inputs: Inputs) -> Comparison | Failure | None:
+        with generic_parameters(removal.typing.graph) as moved:
+            if not moved:
+                return None
+            subject = f"{MASKED}, with noise in {len(moved)} constant tensors"
+            return _compared(subject, label, masked_equivalence, removal.typing, removal.keep, self.rewritten(), inputs)
 
 
 def measure(name: str, before: Graph, after: Graph, label: str, inputs: Inputs) -> Comparison:

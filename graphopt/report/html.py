@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
-from graphopt.report.records import BudgetLine, Comparison, Site
+from graphopt.report.records import Account, BudgetLine, Comparison, Site
 from graphopt.report.terminal import COSTS
 from graphopt.report.wording import amount, percent, plural, seconds
-
-if TYPE_CHECKING:
-    from graphopt.report.report import Report
 
 __all__ = ["fragment", "page"]
 
@@ -49,7 +46,7 @@ STYLE: Final = """
 """
 
 
-def page(report: Report) -> str:
+def page(report: Account) -> str:
     """Return a whole page."""
     title = escape(f"{report.model} for {report.target}: graphopt")
     return (
@@ -62,7 +59,7 @@ def page(report: Report) -> str:
     )
 
 
-def fragment(report: Report) -> str:
+def fragment(report: Account) -> str:
     """Return the content of the page, with its style, to stand inside another page."""
     parts = [
         f"<style>{STYLE}</style>",
@@ -89,7 +86,7 @@ def _warnings(warnings: Sequence[str]) -> str:
     return "".join(f"<div class=warning><b>Warning.</b> {escape(w)}</div>" for w in warnings)
 
 
-def _cards(report: Report) -> str:
+def _cards(report: Account) -> str:
     cards = []
     for name, label, written in COSTS:
         before, after = getattr(report.before, name), getattr(report.after, name)
@@ -157,7 +154,7 @@ def _left_alone(sites: Sequence[Site]) -> str:
     )
 
 
-def _frozen(report: Report) -> str:
+def _frozen(report: Account) -> str:
     rows = [
         (
             escape(row.reason),
@@ -176,7 +173,7 @@ def _frozen(report: Report) -> str:
     return _section("What must stay whole", intro + _table(columns, rows)) if rows else ""
 
 
-def _unknown(report: Report) -> str:
+def _unknown(report: Account) -> str:
     rows = [
         (f"<code>{escape(r.operator)}</code>", _folded(plural(len(r.nodes), "call"), r.nodes)) for r in report.unknown
     ]
@@ -200,7 +197,7 @@ def _verification(comparisons: Sequence[Comparison]) -> str:
     return _section("How it was verified", intro + _table(columns, rows)) if rows else ""
 
 
-def _passes(report: Report) -> str:
+def _passes(report: Account) -> str:
     rows = [
         (
             _number(str(each.position + 1)),
@@ -217,12 +214,12 @@ def _passes(report: Report) -> str:
     return _section("Passes", _table(columns, rows)) if rows else ""
 
 
-def _notes(report: Report) -> str:
+def _notes(report: Account) -> str:
     notes = [*report.notes, *(note for each in report.passes for note in each.notes)]
     return _section("Notes", _bullets(notes)) if notes else ""
 
 
-def _footer(report: Report) -> str:
+def _footer(report: Account) -> str:
     times = ", ".join(f"{name} {seconds(spent)}" for name, spent in report.timings.items())
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (

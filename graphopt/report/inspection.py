@@ -2,64 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.markup import escape
+from rich.text import Text
 
 from graphopt.axes.algebra import Atom, leaves
 from graphopt.axes.coupling import CouplingGraph
 from graphopt.cost import Cost, CostModel, LayerCost
+from graphopt.report.records import FrozenRow, GroupRow, UnknownRow
+from graphopt.report.terminal import MOST_ROWS, as_text, bullets, frozen_table, table
+from graphopt.report.wording import amount, bytes_of, listing, percent, plural
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from graphopt.axes.infer import Typing
 
-__all__ = ["FrozenRow", "GroupRow", "Inspection", "UnknownRow", "at_stake", "frozen_rows", "unknown_rows"]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupRow:
-    """One group of coupled indices.
-
-    `params` and `flops` are those of everything that its indices take part in: what would be gone without the group.
-    `normalised` names the nodes that normalise over it; the other indices' results change when one of them goes.
-    """
-
-    name: str
-    role: str
-    size: int
-    places: tuple[str, ...]
-    params: int
-    flops: int
-    normalised: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FrozenRow:
-    """One reason why dimensions of parameters must stay whole.
-
-    `places` are these dimensions, `nodes` the operators that demand it. `params` are the elements of those parameters,
-    `flops` the operations along those dimensions. One parameter may stand under several reasons.
-    """
-
-    reason: str
-    places: tuple[str, ...]
-    nodes: tuple[str, ...]
-    params: int
-    flops: int
-
-
-@dataclass(frozen=True, slots=True)
-class UnknownRow:
-    """One operator that has no axis rule, and the nodes that call it; whatever it touches stays whole."""
-
-    operator: str
-    nodes: tuple[str, ...]
+__all__ = ["Inspection", "at_stake", "frozen_rows", "unknown_rows"]
 
 
 def at_stake(costs: CostModel) -> dict[Atom, tuple[int, int]]:
@@ -176,14 +141,58 @@ class Inspection:
         }
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from graphopt.report.terminal import inspection_parts
-
-        yield from inspection_parts(self)
+        yield from self._parts()
 
     def __str__(self) -> str:
-        from graphopt.report.terminal import as_text
-
         return as_text(self)
+
+    def _parts(self, most: int = MOST_ROWS) -> Iterator[RenderableType]:
+        cost, least = self.cost, self.smallest
+        yield Text.from_markup(
+            f"[bold]{escape(self.model)}[/]: {amount(cost.flops)} flops, {amount(cost.params)} parameters, "
+            f"{bytes_of(cost.weight_bytes)} of weights, {bytes_of(cost.peak_activation_bytes)} of activations"
+        )
+        yield Text.from_markup(
+            f"[dim]With a single index left of every group: {percent(least.flops, cost.flops)} of the flops, "
+            f"{percent(least.params, cost.params)} of the parameters. No budget can ask for less.[/]"
+        )
+        groups = sorted(self.groups, key=lambda row: -row.flops)
+        columns = ("group", "role", "size", "places", "parameters", "flops", "normalised over by")
+        listed = table(*columns, title=f"Groups ({len(groups)})")
+        for row in groups[:most]:
+            stake = (amount(row.params), amount(row.flops))
+            over = escape(listing(row.normalised, 1))
+            listed.add_row(escape(row.name), row.role, str(row.size), str(len(row.places)), *stake, over)
+        yield listed
+        if len(groups) > most:
+            yield Text(f"  and {plural(len(groups) - most, 'group')} more", style="dim")
+        if self.frozen:
+            yield frozen_table(self.frozen)
+        if self.unknown:
+            unknown = table("operator", "calls", "nodes", title="Operators without an axis rule")
+            for each in self.unknown:
+                unknown.add_row(escape(each.operator), str(len(each.nodes)), escape(listing(each.nodes)))
+            yield unknown
+        yield from self._layers(most)
+        if self.notes:
+            yield bullets("Notes", self.notes)
+
+    def _layers(self, most: int) -> Iterator[RenderableType]:
+        layers = sorted(self.layers, key=lambda row: -row.macs)
+        costs = table("layer", "flops", "", "parameters", "weights", "activations", title="Cost by layer")
+        for layer in layers[:most]:
+            costs.add_row(
+                escape(layer.name) or "[dim]the model itself[/]",
+                amount(2 * layer.macs),
+                percent(layer.macs, self.cost.macs),
+                amount(layer.params),
+                bytes_of(layer.weight_bytes),
+                bytes_of(layer.activation_bytes),
+            )
+        yield costs
+        if len(layers) > most:
+            rest = percent(sum(layer.macs for layer in layers[most:]), self.cost.macs)
+            yield Text(f"  and {plural(len(layers) - most, 'layer')} more with {rest} of the flops", style="dim")
 
 
 def _plain(row: Any) -> dict[str, Any]:

@@ -1,17 +1,19 @@
-"""Hold what happened, as plain data."""
+"""Hold what happened, and what there is, as plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from graphopt.cost import Cost
+from graphopt.report.wording import amount, bytes_of, listing, percent, plural
 from graphopt.verify import TOLERANCE, Difference
 
-__all__ = ["BudgetLine", "Comparison", "PassRecord", "Site"]
+__all__ = ["Account", "BudgetLine", "Comparison", "FrozenRow", "GroupRow", "PassRecord", "Site", "UnknownRow"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,3 +160,172 @@ class BudgetLine:
     def to_dict(self) -> dict[str, Any]:
         """Return the line as plain values."""
         return {**asdict(self), "met": self.met}
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRow:
+    """One group of coupled indices.
+
+    `params` and `flops` are those of everything that its indices take part in: what would be gone without the group.
+    `normalised` names the nodes that normalise over it; the other indices' results change when one of them goes.
+    """
+
+    name: str
+    role: str
+    size: int
+    places: tuple[str, ...]
+    params: int
+    flops: int
+    normalised: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenRow:
+    """One reason why dimensions of parameters must stay whole.
+
+    `places` are these dimensions, `nodes` the operators that demand it. `params` are the elements of those parameters,
+    `flops` the operations along those dimensions. One parameter may stand under several reasons.
+    """
+
+    reason: str
+    places: tuple[str, ...]
+    nodes: tuple[str, ...]
+    params: int
+    flops: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownRow:
+    """One operator that has no axis rule, and the nodes that call it; whatever it touches stays whole."""
+
+    operator: str
+    nodes: tuple[str, ...]
+
+
+@dataclass
+class Account:
+    """What one run did, what it did not, and why, as data; :class:`~graphopt.report.Report` adds what it looks like.
+
+    Attributes:
+        model: The model's name.
+        target: The target's name.
+        pipeline: The passes that ran, as text that parses.
+        seed: What everything random was seeded with.
+        verify: When promises were checked: "each", "final" or "off".
+        before: What the model cost.
+        after: What it costs now.
+        versions: The versions of graphopt and of what it rests on.
+        budget: What was asked for and what was reached, by dimension.
+        passes: What each pass did.
+        frozen: Why dimensions of parameters must stay whole, in the model as it came.
+        unknown: The operators without an axis rule, in the model as it came.
+        notes: What capture and the target had to say.
+        warnings: What the reader must not miss.
+        comparisons: How outputs were compared, over the whole run.
+        timings: Seconds by stage.
+        score: What the caller's `evaluate` gave before and after; None without one.
+        artifacts: The files that were written, by kind.
+    """
+
+    model: str
+    target: str
+    pipeline: str
+    seed: int
+    verify: str
+    before: Cost
+    after: Cost
+    versions: Mapping[str, str] = field(default_factory=dict)
+    budget: list[BudgetLine] = field(default_factory=list)
+    passes: list[PassRecord] = field(default_factory=list)
+    frozen: list[FrozenRow] = field(default_factory=list)
+    unknown: list[UnknownRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    score: tuple[float, float] | None = None
+    artifacts: dict[str, str] = field(default_factory=dict)
+
+    # -- in words --
+
+    @property
+    def groups(self) -> list[Site]:
+        """The groups that lost indices, over all passes."""
+        return [site for each in self.passes for site in each.applied]
+
+    @property
+    def left_alone(self) -> list[Site]:
+        """The sites that were left alone, over all passes."""
+        return [site for each in self.passes for site in each.skipped]
+
+    @property
+    def changed(self) -> bool:
+        """Say whether any pass changed anything."""
+        return any(each.changed for each in self.passes)
+
+    def sentences(self) -> Iterator[str]:
+        """Yield what was done and what came of it, in plain words, most important first."""
+        if self.changed:
+            yield (
+                f"Of the model's multiply-adds {percent(self.after.macs, self.before.macs)} are left, of its "
+                f"parameters {percent(self.after.params, self.before.params)}: {amount(self.before.flops)} → "
+                f"{amount(self.after.flops)} flops, {amount(self.before.params)} → {amount(self.after.params)} "
+                f"parameters, {bytes_of(self.before.weight_bytes)} → {bytes_of(self.after.weight_bytes)} of weights."
+            )
+        else:
+            yield "The model computes and costs what it did."
+        groups = [site for site in self.groups if "kept" in site.facts]
+        if groups:
+            size, kept = (sum(site.facts[key] for site in groups) for key in ("size", "kept"))
+            removed = plural(size - kept, "index", "indices")
+            yield f"{removed} of {size:,} were removed, in {plural(len(groups), 'group')}."
+        for line in self.budget:
+            met = "" if line.met else ", which is above the target"
+            yield (
+                f"Budget of {line.dimension}: at most {amount(line.target)} ({percent(line.target, line.original)} of "
+                f"the original), and {amount(line.achieved)} ({percent(line.achieved, line.original)}) reached{met}."
+            )
+        if self.score is not None:
+            before, after = self.score
+            yield f"The caller's metric was {before:.4g} before and is {after:.4g} now ({after - before:+.4g})."
+        if self.artifacts:
+            yield f"Written: {listing(sorted(self.artifacts.values()), 6)}."
+
+    # -- as data --
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values: strings, numbers, lists and dictionaries."""
+        return {
+            "model": self.model,
+            "target": self.target,
+            "pipeline": self.pipeline,
+            "seed": self.seed,
+            "verify": self.verify,
+            "versions": dict(self.versions),
+            "summary": list(self.sentences()),
+            "warnings": list(self.warnings),
+            "cost": {"before": self.before.to_dict(), "after": self.after.to_dict()},
+            "budget": [line.to_dict() for line in self.budget],
+            "score": {"before": self.score[0], "after": self.score[1]} if self.score else None,
+            "passes": [each.to_dict() for each in self.passes],
+            "comparisons": [each.to_dict() for each in self.comparisons],
+            "frozen": [asdict(row) for row in self.frozen],
+            "unknown": [asdict(row) for row in self.unknown],
+            "notes": list(self.notes),
+            "timings": dict(self.timings),
+            "artifacts": dict(self.artifacts),
+        }
+
+    def to_json(self) -> str:
+        """Return the report as JSON; numbers that are not finite become strings, which JSON can hold."""
+        return json.dumps(_finite(self.to_dict()), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and value - value != 0:  # infinite or not a number
+        return str(value)
+    return value

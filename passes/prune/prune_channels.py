@@ -15,7 +15,7 @@ from graphopt.errors import PipelineError
 from graphopt.graph import Graph
 from graphopt.importance import CRITERIA, L2, Criterion, ScoreContext
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, Removal, choice, register
-from graphopt.report.inspection import at_stake
+from graphopt.report import at_stake
 from graphopt.report.wording import listing, plural
 
 if TYPE_CHECKING:

@@ -1,0 +1,50 @@
+"""Make neural networks smaller and faster, and prove every rewrite.
+
+The public names; everything else may change.
+
+- :func:`optimize` makes a model meet a :class:`Budget`, through a :class:`Pipeline` of passes
+- :func:`inspect` says what a model is made of, :func:`explain` why a dimension goes with others or cannot shrink
+- :class:`Plan` says which indices of a model's tensors are left, and prunes a checkpoint
+- :class:`Pass` is what a pass of your own derives from
+- every error derives from :class:`GraphOptError`
+"""
+
+from importlib.metadata import version
+
+from graphopt.allocation import Budget
+from graphopt.errors import (
+    BudgetError,
+    CaptureError,
+    GraphOptError,
+    LoweringError,
+    MissingDependencyError,
+    PassError,
+    PipelineError,
+    UnsupportedOperatorError,
+    VerificationError,
+)
+from graphopt.optimize import explain, inspect, optimize
+from graphopt.pipeline import Pass, Pipeline
+from graphopt.plan import Plan
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "CaptureError",
+    "GraphOptError",
+    "LoweringError",
+    "MissingDependencyError",
+    "Pass",
+    "PassError",
+    "Pipeline",
+    "PipelineError",
+    "Plan",
+    "UnsupportedOperatorError",
+    "VerificationError",
+    "__version__",
+    "explain",
+    "inspect",
+    "optimize",
+]
+
+__version__ = version("graphopt")
