@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional as F  # noqa: N812
 
 __all__ = ["MODELS", "Digits", "SmallResNet", "SmallViT", "accuracy", "load", "train"]
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ def measure(name: str, seed: int, flops: float, epochs: int) -> dict[str, Any]:
     train(result.module, data, epochs=epochs, lr=2e-3, seed=seed)
     moved = None if before is None else bool((before != statistic).any())
     return {
-        "model": name, "seed": seed, "dense": dense, "pruned": pruned, "finetuned": accuracy(result.module, data),
+        "model": name,
+        "seed": seed,
+        "dense": dense,
+        "pruned": pruned,
+        "finetuned": accuracy(result.module, data),
         "statistics_moved": moved,
     }
 
@@ -60,13 +65,14 @@ def main() -> int:
 
         lost = [100 * (r["dense"] - r["finetuned"]) for r in mine]
         table.add_row(
-            name, *(show([r[k] for r in mine]) for k in ("dense", "pruned", "finetuned")),
-            f"{statistics.mean(lost):.2f} ± {statistics.pstdev(lost):.2f}", str({r["statistics_moved"] for r in mine}),
+            name,
+            *(show([r[k] for r in mine]) for k in ("dense", "pruned", "finetuned")),
+            f"{statistics.mean(lost):.2f} ± {statistics.pstdev(lost):.2f}",
+            str({r["statistics_moved"] for r in mine}),
         )
     Console(width=140).print(table)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -18,13 +18,14 @@ import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-
 
 
 def ours(graph: Any) -> dict[str, float]:
@@ -45,7 +46,7 @@ def ours(graph: Any) -> dict[str, float]:
     rewrite(typing, keep)
     marks.append(time.perf_counter())
     stages = ("infer", "score", "allocate", "rewrite")
-    return dict(zip(stages, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
+    return dict(zip(stages, (b - a for a, b in pairwise(marks)), strict=True))
 
 
 def theirs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -57,7 +58,11 @@ def theirs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     head = [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     start = time.perf_counter()
     pruner = tp.pruner.MagnitudePruner(
-        model, example, importance=tp.importance.MagnitudeImportance(p=2), pruning_ratio=0.3, ignored_layers=head,
+        model,
+        example,
+        importance=tp.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.3,
+        ignored_layers=head,
         global_pruning=False,
     )
     pruner.step()
@@ -87,7 +92,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
         if not failure:
             try:
                 other.append(theirs(model, args, kwargs))
-            except Exception as e:  # their failures are data here, whatever they raise
+            except Exception as e:  # noqa: BLE001  # their failures are data here, whatever they raise
                 failure = f"{type(e).__name__}: {str(e).splitlines()[0][:60] if str(e) else ''}"
     for stage in mine[0]:
         row[stage] = statistics.median(m[stage] for m in mine)
@@ -117,8 +122,11 @@ def main() -> int:
         ratio = row["theirs"] / row["ours"] if row["theirs"] else None
         ratios.extend([ratio] if ratio else [])
         table.add_row(
-            row["model"], *(f"{row[s] * 1e3:.0f}" for s in ("infer", "score", "allocate", "rewrite")), f"{row['ours']:.3f}",
-            f"{row['theirs']:.3f}" if row["theirs"] else row["failure"], f"{ratio:.1f}x" if ratio else "",
+            row["model"],
+            *(f"{row[s] * 1e3:.0f}" for s in ("infer", "score", "allocate", "rewrite")),
+            f"{row['ours']:.3f}",
+            f"{row['theirs']:.3f}" if row["theirs"] else row["failure"],
+            f"{ratio:.1f}x" if ratio else "",
         )
     console = Console(width=160)
     console.print(table)
@@ -126,8 +134,7 @@ def main() -> int:
         console.print(f"median ratio over the {len(ratios)} models both can prune: {statistics.median(ratios):.1f}x")
     console.print(f"slowest of ours: {max(r['ours'] for r in rows):.3f} s")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,17 +57,25 @@ def main() -> int:
     with ProcessPoolExecutor(options.workers) as pool:
         for row in pool.map(measure, options.names):
             rows.append(row)
-            print(f"{row['model']:30} {row['groups']:4} {row['alone']:.1e} {row['together']:.1e} {row['single']:.1e}", flush=True)
+            print(
+                f"{row['model']:30} {row['groups']:4} {row['alone']:.1e} {row['together']:.1e} {row['single']:.1e}",
+                flush=True,
+            )
     table = Table("model", "groups", "alone (f64)", "worst group", "together (f64)", "together (f32)", "s")
     for row in rows:
         table.add_row(
-            row["model"], str(row["groups"]), f"{row['alone']:.1e}", row["worst"], f"{row['together']:.1e}",
-            f"{row['single']:.1e}", f"{row['seconds']:.0f}", style="red" if fails(row) else None,
+            row["model"],
+            str(row["groups"]),
+            f"{row['alone']:.1e}",
+            row["worst"],
+            f"{row['together']:.1e}",
+            f"{row['single']:.1e}",
+            f"{row['seconds']:.0f}",
+            style="red" if fails(row) else None,
         )
     Console(width=140).print(table)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+        Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     return int(any(map(fails, rows)))
 
 

@@ -184,7 +184,9 @@ class Plan:
             # A file keeps one name of a shared tensor; that one is enough.
             absent = [n for n in self.keep if n not in seen and not self._has_twin(n, seen)]
             if absent:
-                raise PipelineError(f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written")
+                raise PipelineError(
+                    f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written"
+                )
             names = [shard.name for shard in shards]
             if index is not None:
                 content = json.loads(index.read_text())
@@ -192,11 +194,14 @@ class Plan:
                 (stage / index.name).write_text(json.dumps(content, indent=2) + "\n")
                 names.append(index.name)
             for name in names:
-                os.replace(stage / name, target / name)
+                (stage / name).replace(target / name)
         return [target / name for name in names]
 
     def _has_twin(self, name: str, seen: set[str]) -> bool:
-        return any(self.keep[other] is self.keep[name] or _same(self.keep[other], self.keep[name]) for other in seen & self.keep.keys())
+        return any(
+            self.keep[other] is self.keep[name] or _same(self.keep[other], self.keep[name])
+            for other in seen & self.keep.keys()
+        )
 
     # -- the file --
 
@@ -209,9 +214,9 @@ class Plan:
             try:
                 scratch.write(safetensors.numpy.save(arrays, metadata))
                 scratch.close()
-                os.replace(scratch.name, target)
+                Path(scratch.name).replace(target)
             except BaseException:
-                os.unlink(scratch.name)
+                Path(scratch.name).unlink()
                 raise
 
     @classmethod
@@ -236,7 +241,9 @@ class Plan:
                 dim, _, name = key.partition(":")
                 keep[name][int(dim)] = _checked(indices, shapes[name][int(dim)])
         except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-            raise PipelineError(f"the plan in {path} contradicts itself ({error}); save it again with Plan.save") from error
+            raise PipelineError(
+                f"the plan in {path} contradicts itself ({error}); save it again with Plan.save"
+            ) from error
         return cls(keep, shapes)
 
 

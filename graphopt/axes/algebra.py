@@ -69,7 +69,9 @@ class Atom(Axis):
         self.serial = next(_serial)
 
     def __repr__(self) -> str:
-        return repr(self.bound) if self.bound is not None else f"{'!' if self.frozen else ''}a{self.serial}({self.size})"
+        return (
+            repr(self.bound) if self.bound is not None else f"{'!' if self.frozen else ''}a{self.serial}({self.size})"
+        )
 
 
 class Product(Axis):

@@ -437,9 +437,7 @@ def _solve(typer: Typer, operators: Mapping[Any, Operator]) -> Typing:
     _name(groups, typer.roles)
     for group in groups:
         group.normalised = tuple(names.get(group.atom, ()))
-    return Typing(
-        typer.graph, tensors, values, macs, typer.facts, groups, typer.unknown, normalising, operators
-    )
+    return Typing(typer.graph, tensors, values, macs, typer.facts, groups, typer.unknown, normalising, operators)
 
 
 def _groups(typer: Typer, tensors: Mapping[str, Axes]) -> list[Group]:
@@ -498,9 +496,7 @@ def _normalising(
     return found
 
 
-def _zeros(
-    typer: Typer, operators: Mapping[Any, Operator], values: Mapping[fx.Node, Value], free: Atoms
-) -> Zeros:
+def _zeros(typer: Typer, operators: Mapping[Any, Operator], values: Mapping[fx.Node, Value], free: Atoms) -> Zeros:
     zeros = Zeros(values, free)
     memory: dict[fx.Node, list[fx.Node]] = {}
     for node in typer.graph.nodes:

@@ -59,7 +59,9 @@ class Contraction:
         left, arrow, right = equation.replace(" ", "").partition("->")
         terms = left.split(",")
         spare = [c for c in (chr(i) for i in range(192, 400)) if c not in equation]
-        longest = max((r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0)
+        longest = max(
+            (r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True) if "..." in t), default=0
+        )
         dots = "".join(spare[:longest])
 
         def spell(term: str, rank: int) -> str:
@@ -94,7 +96,10 @@ def einsum(t: Typer, contraction: Contraction, operands: Sequence[Axes]) -> tupl
             t.multiply(*(axes[letter] for letter in both))
         alive = "".join(letter for letter in both if letter in later)
     summed = [
-        (axis, [i for i, term in enumerate(contraction.terms) if letter in term and _size(operands[i], term, letter) > 1])
+        (
+            axis,
+            [i for i, term in enumerate(contraction.terms) if letter in term and _size(operands[i], term, letter) > 1],
+        )
         for letter, axis in axes.items()
         if letter not in contraction.result and axis.size > 1
     ]

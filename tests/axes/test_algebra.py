@@ -36,7 +36,8 @@ WHY = Reason("a test says so", "node")
 def _keep(axis: Axis, seed: int) -> dict[Atom, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {
-        leaf: np.sort(rng.permutation(leaf.size)[: rng.integers(1, leaf.size + 1)]) for leaf in dict.fromkeys(leaves(axis))
+        leaf: np.sort(rng.permutation(leaf.size)[: rng.integers(1, leaf.size + 1)])
+        for leaf in dict.fromkeys(leaves(axis))
     }
 
 
@@ -64,12 +65,12 @@ def test_products_are_matched_factor_by_factor() -> None:
 
 
 def test_products_without_a_common_refinement_are_refused() -> None:
-    with pytest.raises(AxisError, match="has no 2 equal rows|has no 3 equal rows|rows"):
+    with pytest.raises(AxisError, match="equal rows"):
         unify(product([atom(2), atom(9)]), product([atom(3), atom(6)]))
 
 
 def test_sizes_must_agree() -> None:
-    with pytest.raises(AxisError, match="5 positions.*6"):
+    with pytest.raises(AxisError, match=r"5 positions.*6"):
         unify(atom(5), atom(6))
 
 
@@ -93,7 +94,7 @@ def test_parts_of_several_rows_become_products() -> None:
     q, k = atom(12), atom(6)
     unify(concat([q, k]), product([atom(6), width := atom(3)]))
     assert [leaf.size for leaf in leaves(q)] == [4, 3]
-    assert list(leaves(q))[1] is list(leaves(k))[1] is list(leaves(width))[0]
+    assert list(leaves(q))[1] is list(leaves(k))[1] is next(iter(leaves(width)))
 
 
 def test_parts_shorter_than_a_row_share_the_row() -> None:

@@ -11,7 +11,16 @@ from typing import Any
 
 from graphopt.axes.infer import Operator, Typing
 from graphopt.axes.infer import infer as _infer
-from graphopt.dialects.aten import contraction, creation, elementwise, indexing, normalisation, reduction, shape, spatial
+from graphopt.dialects.aten import (
+    contraction,
+    creation,
+    elementwise,
+    indexing,
+    normalisation,
+    reduction,
+    shape,
+    spatial,
+)
 from graphopt.graph import Graph
 
 _FAMILIES = (elementwise, shape, contraction, normalisation, reduction, indexing, creation, spatial)

@@ -165,8 +165,12 @@ _RECURRENT = Operator(_recurrent)
 
 OPERATORS: dict[Any, Operator] = {
     aten.linear.default: Operator(_linear, _zeros_of_linear),
-    **table(_CONV, "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    **table(_PRODUCT, "matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default", "linalg_matmul.default"),
+    **table(
+        _CONV, "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+    ),
+    **table(
+        _PRODUCT, "matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default", "linalg_matmul.default"
+    ),
     **table(_SUM_OF_PRODUCT, "addmm.default", "baddbmm.default", "addbmm.default", "addmv.default"),
     aten.einsum.default: Operator(_einsum, _zeros_of_einsum),
     aten.scaled_dot_product_attention.default: Operator(
@@ -189,5 +193,3 @@ def late_operators() -> dict[Any, Operator]:
         if packet is not None:
             found[packet.default] = _GROUPED
     return found
-
-

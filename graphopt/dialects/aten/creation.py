@@ -14,10 +14,11 @@ aten = torch.ops.aten
 
 
 def _uniform(t: Typer, call: Call) -> Value:
-    """A tensor of equal (or equally distributed) entries: a static axis follows whatever it meets."""
+    """Type a tensor of equal (or equally distributed) entries: a static axis follows whatever it meets."""
     spec = call.out
     return tuple(
-        t.fixed(n, "a dynamic size") if dynamic else t.fresh(n) for n, dynamic in zip(spec.shape, spec.dynamic, strict=True)
+        t.fixed(n, "a dynamic size") if dynamic else t.fresh(n)
+        for n, dynamic in zip(spec.shape, spec.dynamic, strict=True)
     )
 
 
@@ -30,7 +31,7 @@ def _zeros_everywhere(z: Zeros, call: Call) -> Atoms:
 
 
 def _ordered(t: Typer, call: Call) -> Value:
-    """A tensor whose entries differ by position: every axis is frozen."""
+    """Type a tensor whose entries differ by position: every axis is frozen."""
     why = "its entries are numbered"
     for node in operands(call):
         for axis in t[node]:
@@ -57,13 +58,27 @@ OPERATORS: dict[Any, Operator] = {
     **table(_NULL, "zeros.default", "new_zeros.default"),
     **table(
         _UNIFORM,
-        *("ones.default", "full.default", "empty.memory_format", "new_ones.default", "new_full.default", "new_empty.default"),
+        *(
+            "ones.default",
+            "full.default",
+            "empty.memory_format",
+            "new_ones.default",
+            "new_full.default",
+            "new_empty.default",
+        ),
         *("rand.default", "randn.default"),
     ),
     **table(
         Operator(_ordered),
         *("arange.default", "arange.start", "arange.start_step", "linspace.default", "logspace.default", "eye.default"),
-        *("eye.m", "scalar_tensor.default", "randint.default", "randint.low", "hann_window.default", "tril_indices.default"),
+        *(
+            "eye.m",
+            "scalar_tensor.default",
+            "randint.default",
+            "randint.low",
+            "hann_window.default",
+            "tril_indices.default",
+        ),
     ),
     **table(Operator(_mesh), "meshgrid.indexing", "meshgrid.default"),
 }

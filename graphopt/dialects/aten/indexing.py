@@ -116,7 +116,7 @@ def _zeros_of_embedding(z: Zeros, call: Call) -> Atoms:
 
 
 def _opaque(why: str) -> Operator:
-    """An operator on data that nothing can be said of: results and operands are frozen."""
+    """Make an operator on data of which nothing can be said: results and operands are frozen."""
 
     def type_(t: Typer, call: Call) -> Value:
         for node in operands(call):
@@ -138,7 +138,13 @@ OPERATORS: dict[Any, Operator] = {
     **table(
         Operator(_rigid),
         *("index_put.default", "index_put_.default", "scatter.src", "scatter.value", "scatter_.src", "scatter_.value"),
-        *("scatter_add.default", "scatter_add_.default", "index_add.default", "index_add_.default", "masked_scatter.default"),
+        *(
+            "scatter_add.default",
+            "scatter_add_.default",
+            "index_add.default",
+            "index_add_.default",
+            "masked_scatter.default",
+        ),
         *("index_fill.int_Scalar", "index_copy.default"),
     ),
     **table(Operator(_scatter, _zeros_of_scatter), "slice_scatter.default", "select_scatter.default"),
@@ -148,4 +154,3 @@ OPERATORS: dict[Any, Operator] = {
         *("searchsorted.Tensor", "bucketize.Tensor", "one_hot.default", "masked_select.default", "cdist.default"),
     ),
 }
-

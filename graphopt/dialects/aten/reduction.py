@@ -30,13 +30,13 @@ def _sum(t: Typer, call: Call) -> Value:
 
 
 def _norm(t: Typer, call: Call) -> Value:
-    """A norm of a positive order sums; one of a negative order finds the smallest entries."""
+    """Type a norm: one of a positive order sums; one of a negative order finds the smallest entries."""
     order = next((call[name] for name in ("ord", "p") if call.has(name)), None)
     return _extremum(t, call) if isinstance(order, int | float) and order < 0 else _sum(t, call)
 
 
 def _mean(t: Typer, call: Call) -> Value:
-    """A mean divides by the count: it renormalises over the kept indices."""
+    """Type a mean, which divides by the count: it renormalises over the kept indices."""
     x, dims, out = _reduced(t, call)
     for d in dims:
         t.normalise(x[d])
@@ -50,7 +50,7 @@ def _mean_and_variance(t: Typer, call: Call) -> Value:
 
 
 def _extremum(t: Typer, call: Call) -> Value:
-    """An extremum, a product or an order depends on which entries are there."""
+    """Type an extremum, a product or an order: each depends on which entries are there."""
     x, dims, out = _reduced(t, call)
     for d in dims:
         t.freeze(x[d], f"{call.node.target.__name__.split('.')[0]} over it")
@@ -59,7 +59,7 @@ def _extremum(t: Typer, call: Call) -> Value:
 
 
 def _ordered(t: Typer, call: Call) -> Value:
-    """An operator that keeps the shape and fixes the order along ``dim``."""
+    """Type an operator that keeps the shape and fixes the order along ``dim``."""
     x = t[call.node.args[0]]
     for d in dims_of(call["dim"], len(x)):
         t.freeze(x[d], f"{call.node.target.__name__.split('.')[0]} along it")
@@ -89,9 +89,23 @@ _EXTREMUM = Operator(_extremum)
 
 OPERATORS: dict[Any, Operator] = {
     **table(Operator(_sum, zeros_of_first), "sum.default", "sum.dim_IntList", "nansum.default"),
-    **table(Operator(_norm, zeros_of_first), "linalg_vector_norm.default", "norm.ScalarOpt_dim", "norm.Scalar", "frobenius_norm.dim"),
+    **table(
+        Operator(_norm, zeros_of_first),
+        "linalg_vector_norm.default",
+        "norm.ScalarOpt_dim",
+        "norm.Scalar",
+        "frobenius_norm.dim",
+    ),
     **table(Operator(_mean, zeros_of_first), "mean.default", "mean.dim"),
-    **table(Operator(_mean, zeros_of_first), "var.correction", "var.dim", "std.correction", "std.dim", "var.default", "std.default"),
+    **table(
+        Operator(_mean, zeros_of_first),
+        "var.correction",
+        "var.dim",
+        "std.correction",
+        "std.dim",
+        "var.default",
+        "std.default",
+    ),
     **table(Operator(_mean_and_variance, zeros_of_first), "var_mean.correction", "var_mean.dim", "std_mean.correction"),
     **table(
         _EXTREMUM,

@@ -342,7 +342,7 @@ def _zeros_of_pad(z: Zeros, call: Call) -> Atoms:
 
 
 def _shift(why: str, name: str) -> Operator:
-    """An operator that moves entries along some dimensions and so fixes their order."""
+    """Make an operator that moves entries along some dimensions and so fixes their order."""
 
     def type_(t: Typer, call: Call) -> Value:
         x = t[call["self"]]
@@ -377,7 +377,7 @@ def _unfold(t: Typer, call: Call) -> Value:
 
 
 def _gate(t: Typer, call: Call) -> Value:
-    """``a * sigmoid(b)`` of the two halves ``a | b``: the halves share their indices."""
+    """Type ``a * sigmoid(b)`` of the two halves ``a | b``, which share their indices."""
     x = t[call["self"]]
     dim = call["dim"] % len(x)
     half = x[dim].size // 2
@@ -460,7 +460,9 @@ OPERATORS: dict[Any, Operator] = {
     aten.repeat_interleave.self_int: Operator(_repeat_interleave, zeros_of_first, _resize_repeat_interleave),
     **table(Operator(_cat, _zeros_of_cat), "cat.default", "concat.default", "concatenate.default"),
     aten.stack.default: Operator(_stack, _zeros_of_cat),
-    **table(_SPLIT, "split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default", "tensor_split.sections"),
+    **table(
+        _SPLIT, "split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default", "tensor_split.sections"
+    ),
     aten.unbind.int: Operator(_unbind, zeros_of_first),
     aten.select.int: Operator(_select, zeros_of_first),
     aten.slice.Tensor: Operator(_slice, zeros_of_first, _resize_slice),

@@ -58,5 +58,10 @@ OPERATORS: dict[Any, Operator] = {
         *("max_pool3d.default", "max_pool3d_with_indices.default", "avg_pool3d.default", "adaptive_avg_pool3d.default"),
         *("adaptive_max_pool3d.default", "upsample_nearest3d", "upsample_trilinear3d"),
     ),
-    **table(Operator(_grid_sample, zeros_of_first), "grid_sampler.default", "grid_sampler_2d.default", "grid_sampler_3d.default"),
+    **table(
+        Operator(_grid_sample, zeros_of_first),
+        "grid_sampler.default",
+        "grid_sampler_2d.default",
+        "grid_sampler_3d.default",
+    ),
 }
