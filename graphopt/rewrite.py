@@ -101,8 +101,14 @@ def _checked(typing: Typing, keep: Mapping[Atom, Indices]) -> dict[Atom, Indices
         group = groups.get(atom)
         if group is None:
             raise PassError(f"{atom!r} is not a free group of this graph; keep sets may only name free groups")
-        kept = np.asarray(indices, dtype=np.int64)
-        if kept.ndim != 1 or len(kept) == 0 or kept[0] < 0 or kept[-1] >= group.size or (np.diff(kept) <= 0).any():
+        given = np.asarray(indices)
+        if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+            raise PassError(
+                f"the keep set of {group.name} must be a row of indices within 0..{group.size - 1}; found {given.dtype} "
+                f"entries of shape {given.shape}: of a mask pass numpy.flatnonzero(mask), of a number of indices which"
+            )
+        kept = given.astype(np.int64)
+        if len(kept) == 0 or kept[0] < 0 or kept[-1] >= group.size or (np.diff(kept) <= 0).any():
             raise PassError(
                 f"the keep set of {group.name} must be sorted, unique, not empty and within 0..{group.size - 1}; "
                 f"it starts {kept[:5].tolist()} and has {kept.size} entries"

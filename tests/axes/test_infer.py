@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tests.dialects.checks import check, reasons, typed
 
@@ -29,8 +29,8 @@ class ComputedWeight(nn.Module):
         self.plain, self.scale = nn.Linear(5, 6), nn.Parameter(torch.zeros(3, 6))
 
     def forward(self, x: Tensor) -> Tensor:
-        exposed = F.linear(self.first(x).sigmoid(), self.weight.sigmoid())
-        return exposed + F.linear(self.plain(x), self.scale.sigmoid())
+        exposed = functional.linear(self.first(x).sigmoid(), self.weight.sigmoid())
+        return exposed + functional.linear(self.plain(x), self.scale.sigmoid())
 
 
 def test_a_computed_weight_renormalises_where_no_operand_vanishes() -> None:
@@ -52,7 +52,7 @@ class StandardisedWeight(nn.Module):
         weight = self.conv.weight
         mean = weight.mean(self.dims, keepdim=True)
         weight = (weight - mean) / (weight.var(self.dims, keepdim=True, unbiased=False) + 1e-5).sqrt()
-        function = F.conv_transpose2d if isinstance(self.conv, nn.ConvTranspose2d) else F.conv2d
+        function = functional.conv_transpose2d if isinstance(self.conv, nn.ConvTranspose2d) else functional.conv2d
         return self.last(function(self.first(x).sigmoid(), weight, self.conv.bias, groups=self.conv.groups))
 
 
@@ -120,7 +120,7 @@ class Latents(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.queries.expand(x.shape[0], -1, -1)
-        y = F.scaled_dot_product_attention(q, self.key(x), self.value(x), is_causal=self.causal)
+        y = functional.scaled_dot_product_attention(q, self.key(x), self.value(x), is_causal=self.causal)
         return self.mix(y.transpose(1, 2))
 
 
@@ -155,11 +155,14 @@ def kinds(function: Callable[[Tensor], Tensor], **sizes: int) -> tuple[str, str]
 
 
 def test_norms_over_free_places() -> None:
-    assert kinds(lambda y: F.instance_norm(y).square().sum((1, 2))) == ("exact", "normalised")
-    assert kinds(lambda y: F.group_norm(y, 3).square().sum((1, 2))) == ("normalised", "normalised")
-    assert kinds(lambda y: F.group_norm(y, 6).square().sum((1, 2))) == ("exact", "normalised")
-    assert kinds(lambda y: F.batch_norm(y, None, None, training=True).square().sum((1, 2))) == ("exact", "normalised")
-    assert kinds(lambda y: F.layer_norm(y, (6, 8)).square().sum((1, 2))) == ("normalised", "normalised")
+    assert kinds(lambda y: functional.instance_norm(y).square().sum((1, 2))) == ("exact", "normalised")
+    assert kinds(lambda y: functional.group_norm(y, 3).square().sum((1, 2))) == ("normalised", "normalised")
+    assert kinds(lambda y: functional.group_norm(y, 6).square().sum((1, 2))) == ("exact", "normalised")
+    assert kinds(lambda y: functional.batch_norm(y, None, None, training=True).square().sum((1, 2))) == (
+        "exact",
+        "normalised",
+    )
+    assert kinds(lambda y: functional.layer_norm(y, (6, 8)).square().sum((1, 2))) == ("normalised", "normalised")
 
 
 def test_norms_of_any_order() -> None:
@@ -177,18 +180,25 @@ def test_quotients_of_zeros_are_not_zero() -> None:
 
 def test_a_pointwise_convolution_that_moves() -> None:
     weight = torch.ones(6, 6, 1).double()
-    assert kinds(lambda y: F.conv1d(y, weight).square().sum((1, 2)))[1] == "exact"
-    assert kinds(lambda y: F.conv1d(y, weight, padding=1).square().sum((1, 2)))[1] == "frozen"
+    assert kinds(lambda y: functional.conv1d(y, weight).square().sum((1, 2)))[1] == "exact"
+    assert kinds(lambda y: functional.conv1d(y, weight, padding=1).square().sum((1, 2)))[1] == "frozen"
     # size kept, places moved: (7 + 2 * 3 - 1) // 2 + 1 = 7
-    assert kinds(lambda y: F.conv1d(y, weight, stride=2, padding=3).square().sum((1, 2)), c=7)[1] == "frozen"
+    assert kinds(lambda y: functional.conv1d(y, weight, stride=2, padding=3).square().sum((1, 2)), c=7)[1] == "frozen"
 
 
 def test_space_is_fixed_where_it_is_made_of_channels() -> None:
-    assert kinds(lambda y: F.pixel_shuffle(y.view(3, 2, 3, 2, 4).transpose(2, 3).flatten(1, 2), 2).square().sum((1, 2, 3)))
+    assert kinds(
+        lambda y: (
+            functional.pixel_shuffle(y.view(3, 2, 3, 2, 4).transpose(2, 3).flatten(1, 2), 2).square().sum((1, 2, 3))
+        )
+    )
     image = lambda y: y[:, :, None].unflatten(3, (2, 4))[:, :, 0]  # noqa: E731
-    assert kinds(lambda y: F.pixel_unshuffle(image(y), 2).square().sum((1, 2, 3))) == ("exact", "frozen")
-    assert kinds(lambda y: F.unfold(image(y), 2).square().sum((1, 2))) == ("exact", "frozen")
-    assert kinds(lambda y: F.fold(y.repeat(1, 2, 1), (3, 5), 2).square().sum((1, 2, 3))) == ("frozen", "frozen")
+    assert kinds(lambda y: functional.pixel_unshuffle(image(y), 2).square().sum((1, 2, 3))) == ("exact", "frozen")
+    assert kinds(lambda y: functional.unfold(image(y), 2).square().sum((1, 2))) == ("exact", "frozen")
+    assert kinds(lambda y: functional.fold(y.repeat(1, 2, 1), (3, 5), 2).square().sum((1, 2, 3))) == (
+        "frozen",
+        "frozen",
+    )
 
 
 def test_gathering_from_a_longer_axis_fixes_both() -> None:
@@ -196,13 +206,17 @@ def test_gathering_from_a_longer_axis_fixes_both() -> None:
     assert kinds(lambda y: y.gather(2, index.expand(3, 6, 3)).square().sum((1, 2))) == ("exact", "frozen")
     assert kinds(lambda y: y.gather(2, index.expand(3, 4, 3)).square().sum((1, 2))) == ("frozen", "frozen")
     assert kinds(lambda y: torch.take_along_dim(y, index.expand(3, 1, 3), 2).square().sum((1, 2)))[1] == "frozen"
-    assert kinds(lambda y: torch.take_along_dim(y.contiguous(), index).square().sum(0, keepdim=True)) == ("frozen", "frozen")
+    flat = kinds(lambda y: torch.take_along_dim(y.contiguous(), index).square().sum(0, keepdim=True))
+    assert flat == ("frozen", "frozen")
 
 
 def test_a_reshape_freezes_no_more_than_it_mixes() -> None:
     assert kinds(lambda y: y.reshape(y.shape[0], 6, 2, 4).square().sum((1, 2, 3))) == ("exact", "exact")
     # (6, 4) -> (4, 6) mixes; the 2 stands aside
-    mixed = lambda y: y.unflatten(2, (2, 4)).transpose(1, 2).reshape(y.shape[0], 2, 4, 6)  # noqa: E731
+
+    def mixed(y: Tensor) -> Tensor:
+        return y.unflatten(2, (2, 4)).transpose(1, 2).reshape(y.shape[0], 2, 4, 6)
+
     found = typed(Tokens(lambda y: mixed(y).square().sum((1, 2, 3))), torch.randn(3, 4, 5).double())
     assert [g.size for g in found.groups if g.places[0].tensor == "width.weight"] == [2]
     assert reasons(found, "width.weight", 0) == {"a reshape mixes it with its neighbours"}

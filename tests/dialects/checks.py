@@ -1,8 +1,8 @@
 """Check one module as an adversary: every group alone and all together, against two references.
 
-The first reference is that of ``graphopt.verify``: the typed graph with its parameters masked. It shares the typing with
-the rewrite, so a missing tie could hide in both. The second, for groups that are not normalised over, is the module
-itself: a copy whose parameters are set to zero at the group's places, run by torch, with other inputs than the example's.
+The first reference is that of ``graphopt.verify``: the typed graph with its parameters masked. It shares the typing
+with the rewrite, so a missing tie could hide in both. The second, for groups that are not normalised over, is the
+module itself: a copy whose parameters are set to zero at the group's places, run by torch, with other inputs too.
 """
 
 from __future__ import annotations
