@@ -52,7 +52,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
+        total: Tensor = y + self.shortcut(x)
+        return F.relu(total)
 
 
 class SmallResNet(nn.Module):
@@ -69,7 +70,8 @@ class SmallResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(n, 10)``."""
-        return self.head(self.drop(self.blocks(self.stem(x)).mean((2, 3))))
+        logits: Tensor = self.head(self.drop(self.blocks(self.stem(x)).mean((2, 3))))
+        return logits
 
 
 class _Layer(nn.Module):
@@ -85,7 +87,8 @@ class _Layer(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
         x = x + self.proj(attended)
-        return x + self.mlp(self.norm2(x))
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
 
 
 class SmallViT(nn.Module):
@@ -103,7 +106,8 @@ class SmallViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits ``(n, 10)``."""
         x = self.patches(x).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.norm(self.layers(x)).mean(1))
+        logits: Tensor = self.head(self.norm(self.layers(x)).mean(1))
+        return logits
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"small-resnet": SmallResNet, "small-vit": SmallViT}
@@ -132,6 +136,6 @@ def accuracy(model: nn.Module, data: Digits) -> float:
     before = model.training
     model.eval()
     with torch.no_grad():
-        right = (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
+        right: float = (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
     model.train(before)
     return right

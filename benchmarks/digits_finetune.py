@@ -36,7 +36,7 @@ def measure(name: str, seed: int, flops: float, epochs: int) -> dict[str, Any]:
     statistic = next((b for n, b in result.module.named_buffers() if n.endswith("running_mean")), None)
     before = None if statistic is None else statistic.clone()
     train(result.module, data, epochs=epochs, lr=2e-3, seed=seed)
-    moved = None if before is None else bool((before != statistic).any())
+    moved = None if before is None or statistic is None else not torch.equal(before, statistic)
     return {
         "model": name,
         "seed": seed,

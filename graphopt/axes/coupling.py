@@ -196,6 +196,7 @@ class CouplingGraph:
             filter_edge=lambda a, b: symbol in self.nx.edges[a, b]["atoms"].split(" "),
         )
         found = nx.single_source_shortest_path(carried, start) if start in carried else {}
+        paths: tuple[tuple[str, tuple[Step, ...]], ...]
         if leaf.frozen is not None:
             end = f"operator {leaf.frozen.node}"
             paths = ((leaf.frozen.node, _steps(found[end])),) if end in found else ()

@@ -351,10 +351,10 @@ def _type(typer: Typer, node: fx.Node, operators: Mapping[Any, Operator]) -> Val
         if spec_of(node) is None or isinstance(spec_of(node), int | float | bool):
             return None
         return _unknown(typer, node, f"{node.target} has no axis rule")
-    value = operator.type(typer, Call(node))
-    if not _fits(value, spec_of(node)):
+    typed = operator.type(typer, Call(node))
+    if not _fits(typed, spec_of(node)):
         return _unknown(typer, node, f"the axis rule of {node.target} does not fit this call")
-    return value
+    return typed
 
 
 def _unknown(typer: Typer, node: fx.Node, why: str) -> Value:

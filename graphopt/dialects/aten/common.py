@@ -10,7 +10,7 @@ from torch import fx
 
 from graphopt.axes.infer import Atoms, Axes, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast
-from graphopt.graph import Call, hint
+from graphopt.graph import Call, TensorSpec, hint, spec_of
 
 aten = torch.ops.aten
 
@@ -41,7 +41,8 @@ def optional(t: Typer, value: Any) -> Axes | None:
 
 def operands(call: Call) -> list[fx.Node]:
     """Return the tensor arguments, in the order of the schema."""
-    return [n for n in (*call.node.args, *call.node.kwargs.values()) if is_tensor(n)]
+    given = (*call.node.args, *call.node.kwargs.values())
+    return [n for n in given if isinstance(n, fx.Node) and is_tensor(n)]
 
 
 def is_tensor(value: Any) -> bool:
@@ -59,6 +60,19 @@ def dims_of(value: Any, rank: int) -> list[int]:
 def hints(values: Iterable[Any]) -> list[int]:
     """Return sizes by their example values."""
     return [hint(v) for v in values]
+
+
+def specs_of(call: Call) -> list[TensorSpec]:
+    """Return the types of the tensors that an operator with several results yields."""
+    spec = spec_of(call.node)
+    return [s for s in spec if isinstance(s, TensorSpec)] if isinstance(spec, tuple) else []
+
+
+def opaque(t: Typer, call: Call, why: str) -> Value:
+    """Type every result with new frozen axes."""
+    if isinstance(spec_of(call.node), tuple):
+        return [t.opaque(s.shape, why) for s in specs_of(call)]
+    return t.opaque(t.shape(), why)
 
 
 # -- the commonest entries --

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
-from graphopt.dialects.aten.common import operands, table
-from graphopt.graph import Call, spec_of
+from graphopt.dialects.aten.common import opaque, operands, table
+from graphopt.graph import Call
 
 aten = torch.ops.aten
 
@@ -36,19 +36,14 @@ def _ordered(t: Typer, call: Call) -> Value:
     for node in operands(call):
         for axis in t[node]:
             t.freeze(axis, why)
-    spec = spec_of(call.node)
-    if isinstance(spec, tuple):
-        return [t.opaque(s.shape, why) for s in spec if hasattr(s, "shape")]
-    return t.opaque(t.shape(), why)
+    return opaque(t, call, why)
 
 
 def _mesh(t: Typer, call: Call) -> Value:
-    spec = spec_of(call.node)
-    assert isinstance(spec, tuple)
     for node in call["tensors"]:
         for axis in t[node]:
             t.freeze(axis, "a grid of coordinates")
-    return [t.opaque(s.shape, "a grid of coordinates") for s in spec if hasattr(s, "shape")]
+    return opaque(t, call, "a grid of coordinates")
 
 
 _UNIFORM = Operator(_uniform, None, _resize_uniform)

@@ -9,7 +9,7 @@ from torch import fx
 
 from graphopt.axes.infer import Atoms, Operator, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast
-from graphopt.dialects.aten.common import operands, table, zeros_of_first
+from graphopt.dialects.aten.common import opaque, operands, table, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -122,10 +122,7 @@ def _opaque(why: str) -> Operator:
         for node in operands(call):
             for axis in t[node]:
                 t.freeze(axis, why)
-        spec = spec_of(call.node)
-        if isinstance(spec, tuple):
-            return [t.opaque(s.shape, why) for s in spec if hasattr(s, "shape")]
-        return t.opaque(t.shape(), why)
+        return opaque(t, call, why)
 
     return Operator(type_)
 

@@ -8,7 +8,7 @@ import torch
 
 from graphopt.axes.infer import Axes, Operator, Typer, Value
 from graphopt.axes.rules import drop
-from graphopt.dialects.aten.common import dims_of, table, zeros_of_first
+from graphopt.dialects.aten.common import dims_of, specs_of, table, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -53,7 +53,7 @@ def _extremum(t: Typer, call: Call) -> Value:
     """Type an extremum, a product or an order: each depends on which entries are there."""
     x, dims, out = _reduced(t, call)
     for d in dims:
-        t.freeze(x[d], f"{call.node.target.__name__.split('.')[0]} over it")
+        t.freeze(x[d], f"{call.name.split('.')[1]} over it")
     spec = spec_of(call.node)
     return [out for _ in spec] if isinstance(spec, tuple) else out
 
@@ -62,7 +62,7 @@ def _ordered(t: Typer, call: Call) -> Value:
     """Type an operator that keeps the shape and fixes the order along ``dim``."""
     x = t[call.node.args[0]]
     for d in dims_of(call["dim"], len(x)):
-        t.freeze(x[d], f"{call.node.target.__name__.split('.')[0]} along it")
+        t.freeze(x[d], f"{call.name.split('.')[1]} along it")
     spec = spec_of(call.node)
     return [x for _ in spec] if isinstance(spec, tuple) else x
 
@@ -71,9 +71,7 @@ def _top(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
     t.freeze(x[dim], "its largest entries are taken")
-    spec = spec_of(call.node)
-    assert isinstance(spec, tuple)
-    k = spec[0].shape[dim] if hasattr(spec[0], "shape") else 1
+    k = specs_of(call)[0].shape[dim]
     out = (*x[:dim], t.fixed(k, "its largest entries are taken"), *x[dim + 1 :])
     return [out, out]
 
