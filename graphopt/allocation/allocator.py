@@ -17,7 +17,7 @@ import numpy.typing as npt
 from graphopt.allocation.budget import Budget
 from graphopt.allocation.constraints import Constraints, Limits
 from graphopt.axes.algebra import Atom, Indices
-from graphopt.cost import CostModel, Quantity
+from graphopt.cost import CostModel, Polynomial, Quantity
 from graphopt.errors import BudgetError, PassError
 
 if TYPE_CHECKING:
@@ -182,18 +182,26 @@ class Problem:
         assert self.fits(sizes), "an allocator exceeded the budget"
         sizes = sizes.copy()
         # Costs never fall when a group grows, so a group that cannot grow now cannot grow later.
-        growing = sizes < self.limits.upper
+        growing = self._can_grow(sizes)
         while growing.any():
-            larger = self.limits.above(sizes)
             best = int(np.argmax(np.where(growing, prefer(self, sizes), -np.inf)))
             before = sizes[best]
-            sizes[best] = larger[best]
-            if not self.fits(sizes):
+            sizes[best] = self.limits.above(sizes)[best]
+            if self.fits(sizes):
+                growing &= self._can_grow(sizes)
+            else:
                 sizes[best] = before
                 growing[best] = False
-            elif sizes[best] == self.limits.upper[best]:
-                growing[best] = False
         return sizes
+
+    def _can_grow(self, sizes: Indices) -> npt.NDArray[np.bool_]:
+        """Say which groups are not at their upper bound and could grow alone, as far as polynomials tell."""
+        growing = sizes < self.limits.upper
+        steps = self.limits.above(sizes) - sizes
+        for quantity, limit in self.quantities.values():
+            if isinstance(quantity, Polynomial):
+                growing &= quantity(sizes) + quantity.changes(sizes, steps) <= limit * (1 + 1e-12)
+        return growing
 
     def _stages(self) -> Iterator[Problem]:
         """Yield the problems to try in turn: each may shrink more than the one before.

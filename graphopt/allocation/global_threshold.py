@@ -73,4 +73,5 @@ def _prefer(problem: Problem, sizes: Indices) -> Floats:
     """Prefer the group whose next indices score highest on average."""
     larger = problem.limits.above(sizes)
     gained = problem.kept_scores(larger) - problem.kept_scores(sizes)
-    return gained / np.maximum(larger - sizes, 1)
+    average: Floats = gained / np.maximum(larger - sizes, 1)
+    return average

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -25,8 +25,8 @@ STEPS = 16
 STRIDE = 0.15
 """Share of a group's levels that one step moves it by at most: as far as a linear cost is trusted."""
 
-SETTLING = (0.08, 0.04, 0.02)
-"""Strides of the steps at the budget itself, the best of which counts."""
+FINEST = 0.02
+"""Stride at which sizes count as settled when a step no longer helps; strides are halved down to it."""
 
 SMALL = 64
 """Up to how many blocks in all a result is improved by exchanging single blocks; beyond, no block weighs enough."""
@@ -108,6 +108,13 @@ def _ladder(low: int, high: int, step: int) -> Indices:
     return np.concatenate([[low], np.arange((low // step + 1) * step, high, step), [high]]).astype(np.int64)
 
 
+class _Solution(NamedTuple):
+    """Sizes within the limits, and the sum of the scores they lose."""
+
+    sizes: Indices
+    lost: float
+
+
 class _Solver:
     """Solve one problem; ``weights`` says how hard each limit binds, and is learnt on the way."""
 
@@ -129,12 +136,19 @@ class _Solver:
             if (used <= 1).all():
                 break
         best = self._finished(problem, blocks.sizes(levels))
-        for stride in SETTLING:
-            levels = self._towards(problem, blocks, levels, np.ones_like(used), stride)
-            best = max(best, self._finished(problem, blocks.sizes(levels)), key=lambda found: found[0])
+        stride = STRIDE
+        for _ in range(STEPS):
+            moved = self._towards(problem, blocks, levels, np.ones_like(used), stride)
+            found = self._finished(problem, blocks.sizes(moved))
+            if found.lost < best.lost * (1 - 1e-6):
+                best, levels = found, moved
+            elif stride > FINEST:
+                stride /= 2
+            else:
+                break
         if len(blocks.owner) <= SMALL:
             best = self._polished(problem, best)
-        return best[1]
+        return best.sizes
 
     def prefer(self, problem: Problem, sizes: Indices) -> Floats:
         """Return the score over price of each group's next block."""
@@ -164,10 +178,10 @@ class _Solver:
             self.weights = np.maximum(weights / weights.sum(), 1e-6)
         return moved
 
-    def _finished(self, problem: Problem, sizes: Indices) -> tuple[float, Indices]:
-        """Bring sizes within the limits, use up what is left, and return the kept score along with them."""
+    def _finished(self, problem: Problem, sizes: Indices) -> _Solution:
+        """Bring sizes within the limits and use up what is left."""
         sizes = problem.filled(self._reduced(problem, sizes), self.prefer)
-        return float(problem.kept_scores(sizes).sum()), sizes
+        return _Solution(sizes, float((problem.kept_scores(problem.full) - problem.kept_scores(sizes)).sum()))
 
     def _reduced(self, problem: Problem, sizes: Indices) -> Indices:
         """Drop the blocks that lose least for what they save, one by one, until every limit is kept."""
@@ -182,22 +196,22 @@ class _Solver:
             sizes[least] = smaller[least]
         return sizes
 
-    def _polished(self, problem: Problem, best: tuple[float, Indices]) -> tuple[float, Indices]:
+    def _polished(self, problem: Problem, best: _Solution) -> _Solution:
         """Drop one block, or force one in, and finish from there; as long as that helps."""
         improved = True
         while improved:
             improved = False
             for group in np.flatnonzero(problem.limits.lower < problem.limits.upper):
                 for move in (problem.limits.below, problem.limits.above):
-                    changed = best[1].copy()
-                    changed[group] = move(best[1])[group]
-                    if changed[group] == best[1][group]:
+                    changed = best.sizes.copy()
+                    changed[group] = move(best.sizes)[group]
+                    if changed[group] == best.sizes[group]:
                         continue
                     lower, upper = problem.limits.lower.copy(), problem.limits.upper.copy()
                     lower[group] = upper[group] = changed[group]
                     held = replace(problem, limits=replace(problem.limits, lower=lower, upper=upper))
                     if held.fits(lower):
                         found = self._finished(held, changed)
-                        if found[0] > best[0] * (1 + 1e-12):
+                        if found.lost < best.lost * (1 - 1e-9):
                             best, improved = found, True
         return best

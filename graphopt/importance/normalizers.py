@@ -66,6 +66,23 @@ def lamp(scores: Floats) -> Floats:
     return found
 
 
+def distortion(scores: Floats) -> Floats:
+    """Return what each index adds to the ratio of removed to kept once all lower ones are gone.
+
+    A group that keeps the share r of its sum S has lost (1 - r) / r times what it kept: noise over signal, which grows
+    without bound as the group empties. In ascending order, with R_i = s_i + s_(i+1) + … left, index i adds
+    ``s_i S / R_i²`` to it, to first order in s_i. The loss rises faster than the share falls, so where the widths of
+    two groups multiply in one cost, an allocator takes from both; under ``lamp`` it would empty one of them first.
+    """
+    order = np.argsort(scores, kind="stable")
+    ascending = scores[order]
+    left = np.cumsum(ascending[::-1])[::-1]
+    found = np.zeros_like(scores)
+    added = np.divide(ascending, left, out=np.zeros_like(ascending), where=left > 0)
+    found[order] = added * np.divide(left[0], left, out=np.zeros_like(ascending), where=left > 0)
+    return found
+
+
 NORMALIZERS: dict[str, Callable[[Floats], Floats]] = {
     "none": unchanged,
     "zscore": zscore,
@@ -73,12 +90,12 @@ NORMALIZERS: dict[str, Callable[[Floats], Floats]] = {
     "sum": total,
     "mean": mean,
     "lamp": lamp,
-    "distortion": lamp,
+    "distortion": distortion,
 }
 """Every normaliser by its name.
 
-``distortion`` is ``lamp`` times the number of layers that the group reaches
-(:func:`~graphopt.importance.slices.reach`): the relative loss added up over the layers that suffer it, so that a
+:func:`normalize` multiplies ``distortion`` by the number of layers that the group reaches
+(:func:`~graphopt.importance.slices.reach`), which adds up noise over signal over the layers that suffer it: so a
 residual width is dearer than the width inside one block.
 """
 

@@ -52,5 +52,9 @@ def typing_of(
         namesakes = sum(g.places[0] == found[0] for g in groups)
         name = f"{found[0]}#{namesakes}" if namesakes else str(found[0])
         groups.append(Group(name, atom, atom.size, tuple(found), ("norm",) if atom in normalised else ()))
-    traced = Graph(TraceModule(module, graph), ((), {}))
+    held = TraceModule(module, fx.Graph())
+    for name, (tensor, _) in tensors.items():
+        set_tensor(held, name, tensor)
+    held._graph = graph  # not `held.graph`, which would compile what is never run
+    traced = Graph(held, ((), {}))
     return Typing(traced, typed, dict(values), counted, {}, groups, [], {}, {})

@@ -1,0 +1,1 @@
+"""Test how sizes are chosen under budgets."""
