@@ -20,8 +20,8 @@ import torch
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import nn
 
 import graphopt
@@ -120,9 +120,8 @@ def optimize(
     wanted = {name: value for name, value in given.items() if value is not None}
     budget = graphopt.Budget(**wanted) if wanted else None
     with _progress(quiet, dump=print_after_change, stop_after=stop_after):
-        loaded = _captured(model, example_shape, dynamic, seed)
         result = optimize_model(
-            loaded,
+            *_given(model, example_shape, dynamic, seed),
             target=target,
             budget=budget,
             pipeline=pipeline,
@@ -234,8 +233,12 @@ def main() -> NoReturn:
     try:
         app()
     except GraphOptError as error:
-        for line in (f"graphopt: {error}", *getattr(error, "__notes__", ())):
-            print(line, file=sys.stderr)
+        print(f"graphopt: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        if "example_inputs" in str(error):
+            print(
+                "on the command line, that is --example-shape 1,3,224,224, or a function that returns both",
+                file=sys.stderr,
+            )
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("graphopt: stopped; nothing was written", file=sys.stderr)
@@ -251,27 +254,30 @@ def main() -> NoReturn:
 
 def _inspected(model: str, shapes: list[str], dynamic: list[str], quiet: bool) -> Inspection:
     with _progress(quiet):
-        found = graphopt.inspect(_captured(model, shapes, dynamic, seed=0))
+        found = graphopt.inspect(*_given(model, shapes, dynamic, seed=0))
     return dataclasses.replace(found, model=_title(model))
 
 
-def _captured(text: str, shapes: list[str], dynamic: list[str], seed: int) -> Graph:
+def _given(text: str, shapes: list[str], dynamic: list[str], seed: int) -> tuple[Any, Any]:
+    """Return the model and its example inputs; where dimensions besides the batch vary, the model is captured here."""
     model, inputs = _loaded(text)
     if shapes:
         inputs = _inputs(shapes, seed)
-    varying: Any = "batch"
-    if dynamic:
-        varying = {}
-        for each in dynamic:
-            name, _, number = each.rpartition(":")
-            if not name or not re.fullmatch(r"-?\d+", number):
-                raise typer.BadParameter(f"--dynamic must be INPUT:DIM, such as input_ids:1; found {each!r}")
-            varying.setdefault(name, []).append(int(number))
-    return capture(model, inputs, dynamic=varying)
+    varying: dict[str, list[int]] = {}
+    for each in dynamic:
+        name, _, number = each.rpartition(":")
+        if not name or not re.fullmatch(r"-?\d+", number):
+            raise typer.BadParameter(f"--dynamic must be INPUT:DIM, such as input_ids:1; found {each!r}")
+        varying.setdefault(name, []).append(int(number))
+    return (capture(model, inputs, dynamic=varying), None) if varying else (model, inputs)
 
 
 def _loaded(text: str) -> tuple[Any, Any]:
-    """Return the model that MODEL names, and its example inputs where it brings some."""
+    """Return the model that MODEL names, and its example inputs where it brings some.
+
+    Random weights of a model that is made here are the same in every run.
+    """
+    torch.manual_seed(0)
     if text.endswith(".onnx"):
         raise CaptureError(f"{text}: reading ONNX models is not supported yet; give the PyTorch model it was made from")
     if ":" not in text or Path(text).exists():
@@ -438,17 +444,15 @@ def _print_catalogue(rows: dict[str, dict[str, Any]], as_json: bool, more: Calla
     if as_json:
         typer.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
-    console = Console()
+    console = Console(highlight=False)
     for name, row in rows.items():
         console.print(f"[bold]{escape(name)}[/]  [dim]{escape(more(row))}[/]")
         console.print(f"  {escape(row['does'])}")
-        if row["options"]:
-            table = Table(box=None, pad_edge=True, padding=(0, 2, 0, 2), header_style="dim")
-            for column in ("option", "takes", "default", "meaning"):
-                table.add_column(column, overflow="fold")
-            for option in row["options"]:
-                table.add_row(*(escape(option[key]) for key in ("name", "takes", "default", "help")))
-            console.print(table)
+        for option in row["options"]:
+            default = f" = {option['default']}" if option["default"] else ""
+            console.print(f"  {escape(option['name'])}{escape(default)}  [dim]{escape(option['takes'])}[/]")
+            if option["help"]:
+                console.print(Padding(escape(option["help"]), (0, 0, 0, 6)))
         console.print()
 
 

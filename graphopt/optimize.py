@@ -28,7 +28,7 @@ from graphopt.allocation import Budget
 from graphopt.capture import capture
 from graphopt.cost import CostModel
 from graphopt.dialects.aten import infer
-from graphopt.errors import BudgetError, CaptureError, GraphOptError, PipelineError, unknown_name
+from graphopt.errors import BudgetError, CaptureError, GraphOptError, LoweringError, PipelineError, unknown_name
 from graphopt.graph import Graph
 from graphopt.importance.calibration import batches
 from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer
@@ -125,6 +125,7 @@ def optimize(
     _check_options(budget, verify, seed)
     chosen = find_target(target)
     passes = _pipeline(chosen, budget, pipeline)
+    folder = _folder(output)
     clock = _Clock()
     with _seeded(seed):
         with clock("capture"):
@@ -164,7 +165,7 @@ def optimize(
         )
         report.budget = _budget_lines(budget, passes, report)
         report.warnings = [*warnings, *_warnings(report, outcome, budget)]
-        lowered, artifacts = _lowered(chosen, outcome, Path(output) if output is not None else None, report, clock)
+        lowered, artifacts = _lowered(chosen, outcome, folder, report, clock)
     module = outcome.graph.module
     module.train(graph.training)
     return Result(module, lowered.onnx, outcome.plan, artifacts, report)
@@ -217,6 +218,20 @@ def _check_options(budget: Any, verify: Any, seed: Any) -> None:
         raise PipelineError(unknown_name("value of verify:", str(verify), get_args(Verify)))
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise PipelineError(f"seed must be an integer, 0 or above; found {seed!r}")
+
+
+def _folder(output: str | os.PathLike[str] | None) -> Path | None:
+    """Return the folder for artifacts; what can be seen to fail fails here, before the work is done."""
+    if output is None:
+        return None
+    folder = Path(output)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise LoweringError(
+            f"cannot write to {folder}: {existing} is {'not writable' if existing.is_dir() else 'no folder'}; "
+            "choose another output directory"
+        )
+    return folder
 
 
 def _pipeline(target: Target, budget: Budget | None, pipeline: Any) -> Pipeline:
@@ -417,7 +432,8 @@ def _lowered(
         report.save_html(stage / REPORT_PAGE)
         report.save_json(stage / REPORT_DATA)
         made |= {"plan": stage / PLAN, "report": stage / REPORT_PAGE}
-        manifest = write_manifest(stage, made)
+        facts = {key: getattr(report, key) for key in ("model", "target", "pipeline", "seed", "versions")}
+        manifest = write_manifest(stage, made, facts)
         made["manifest"] = manifest
     artifacts = {kind: output / path.name for kind, path in made.items()}
     report.artifacts = {kind: str(path) for kind, path in artifacts.items()}

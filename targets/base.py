@@ -173,11 +173,11 @@ def staged(directory: Path) -> Iterator[Path]:
                     path.rmdir()
 
 
-def write_manifest(directory: Path, artifacts: Mapping[str, Path]) -> Path:
+def write_manifest(directory: Path, artifacts: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Path:
     """Write ``manifest.json``: kind, file name, size in bytes and SHA-256 of each artifact and of the files beside it.
 
     A file that belongs to an artifact (its external weights) starts with the artifact's name; it is listed under
-    ``parts``. Names are relative to ``directory``.
+    ``parts``. Names are relative to ``directory``. ``facts`` say how the artifacts were made.
     """
     entries = {}
     for kind, path in sorted(artifacts.items()):
@@ -186,7 +186,9 @@ def write_manifest(directory: Path, artifacts: Mapping[str, Path]) -> Path:
             {"parts": [_described(part, directory) for part in parts]} if parts else {}
         )
     with staged(directory) as stage:
-        text = json.dumps({"format": "graphopt-manifest", "version": 1, "artifacts": entries}, indent=2)
+        text = json.dumps(
+            {"format": "graphopt-manifest", "version": 1, **(facts or {}), "artifacts": entries}, indent=2
+        )
         (stage / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return directory / MANIFEST
 

@@ -314,12 +314,15 @@ def summary(cls: type) -> str:
 
 
 def _helps(cls: type) -> dict[str, str]:
-    """Read what a docstring says of each field, in its section ``Args`` or ``Attributes``."""
-    section = re.search(r"^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)", inspect.getdoc(cls) or "", re.MULTILINE)
-    if section is None:
-        return {}
-    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.group(1), re.MULTILINE)
-    return {name: re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join(text.split())) for name, text in entries}
+    """Read what docstrings say of each field, in their sections ``Args`` or ``Attributes``; base classes count."""
+    found: dict[str, str] = {}
+    for each in reversed(cls.__mro__):
+        section = re.search(
+            r"^(?:Args|Attributes):\n((?:[ ]+.*\n?|\n)+)", inspect.cleandoc(each.__doc__ or ""), re.MULTILINE
+        )
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section.group(1), re.MULTILINE) if section else []
+        found |= {name: re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join(text.split())) for name, text in entries}
+    return found
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

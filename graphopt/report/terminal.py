@@ -171,22 +171,21 @@ def _verification(comparisons: Sequence[Comparison]) -> Table:
     return drawn
 
 
-def statistics(report: Account, *, times: bool = True, counts: bool = True) -> Table:
-    """Return a table with a line a pass: what it took, and what it did."""
-    columns = ["pass"]
-    columns += ["time", "verification"] if times else []
-    columns += ["changed", "applied", "skipped", "flops", "parameters"] if counts else []
-    drawn = table(*columns, title="Passes")
+def statistics(report: Account, *, times: bool = True, counts: bool = True) -> RenderableType:
+    """Return two lines a pass: its text, and what it took and what it did."""
+    lines: list[RenderableType] = [Text("Passes", style="bold")]
     for each in report.passes:
-        row = [escape(each.text)]
+        facts = []
         if times:
-            row += [seconds(each.seconds), seconds(each.verify_seconds)]
+            facts += [seconds(each.seconds), f"{seconds(each.verify_seconds)} of verification"]
         if counts:
-            row += ["yes" if each.changed else "no", str(len(each.applied)), str(len(each.skipped))]
-            for name in ("flops", "params"):
-                row.append(f"{amount(getattr(each.before, name))} → {amount(getattr(each.after, name))}")
-        drawn.add_row(*row)
-    return drawn
+            facts += ["changed" if each.changed else "no change"]
+            facts += [f"{len(each.applied)} applied", f"{len(each.skipped)} skipped"]
+            facts += [f"{amount(each.before.flops)} → {amount(each.after.flops)} flops"]
+            facts += [f"{amount(each.before.params)} → {amount(each.after.params)} parameters"]
+        lines.append(Text(f"  {each.position + 1}. {each.text}"))
+        lines.append(Text(f"     {', '.join(facts)}", style="dim"))
+    return Group(*lines)
 
 
 # -- parts ----------------------------------------------------------------------------------------------------------
