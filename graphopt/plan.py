@@ -41,16 +41,19 @@ class Plan:
         keep: ``{name of the input model's tensor: {dimension: kept indices}}``, int64, sorted; tensors and dimensions
             that lost nothing are not in it. A shared tensor stands under each of its names.
         shapes: The shapes that these tensors had in the input model.
+        aliases: Further names of shared tensors among them, with the name that stands for each.
     """
 
     keep: Kept = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
         """Translate the kept indices of groups of ``typing`` into those of tensor dimensions."""
         kept: Kept = {}
         shapes: dict[str, tuple[int, ...]] = {}
+        aliases: dict[str, str] = {}
         for tensor, axes in typing.tensors.items():
             dims = {
                 dim: kept_positions(axis, keep)
@@ -61,7 +64,9 @@ class Plan:
                 for name in typing.graph.names(tensor):
                     kept[name] = dims
                     shapes[name] = tuple(axis.size for axis in axes)
-        return cls(kept, shapes)
+                    if name != tensor:
+                        aliases[name] = tensor
+        return cls(kept, shapes, aliases)
 
     def then(self, later: Plan) -> Plan:
         """Compose with a plan for the model that this one leaves; the result speaks of this one's input model.
@@ -81,7 +86,7 @@ class Plan:
             mine = keep.setdefault(name, {})
             for dim, indices in dims.items():
                 mine[dim] = mine[dim][indices] if dim in mine else indices
-        return Plan(keep, shapes)
+        return Plan(keep, shapes, self.aliases | later.aliases)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
         """Return the shape that the plan leaves to a tensor it names."""
@@ -103,12 +108,9 @@ class Plan:
             return NotImplemented
         return (
             self.shapes == other.shapes
+            and self.aliases == other.aliases
             and self.keep.keys() == other.keep.keys()
-            and all(
-                dims.keys() == other.keep[name].keys()
-                and all(np.array_equal(indices, other.keep[name][d]) for d, indices in dims.items())
-                for name, dims in self.keep.items()
-            )
+            and all(_same(dims, other.keep[name]) for name, dims in self.keep.items())
         )
 
     __hash__ = None  # type: ignore[assignment]  # holds arrays
@@ -129,16 +131,17 @@ class Plan:
                 f"the state dict has no {sorted(missing)[0]} (and {len(missing) - 1} more that the plan shrinks): "
                 "apply the plan to a state dict of the model it was made for, or pass strict=False for a part of one"
             )
-        made: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        made: dict[tuple[object, ...], str] = {}
         result: dict[str, torch.Tensor] = {}
         for name, tensor in state.items():
             if name not in self.keep:
                 result[name] = tensor
                 continue
-            key = (tensor.data_ptr(), tuple(tensor.stride()))
-            if key not in made:
-                made[key] = self._sliced(name, tensor)
-            result[name] = made[key]
+            # What holds no memory, as on the meta device, is at no address.
+            place = tensor.data_ptr() or id(tensor)
+            twin = made.setdefault((tensor.device, place, tensor.shape, tensor.stride()), name)
+            shared = twin != name and _same(self.keep[twin], self.keep[name])
+            result[name] = result[twin] if shared else self._sliced(name, tensor)
         return result
 
     def _sliced(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -174,7 +177,7 @@ class Plan:
         with tempfile.TemporaryDirectory(dir=target, prefix=".graphopt-") as scratch:
             stage = Path(scratch)
             for shard in shards:
-                with _open(shard, "pt") as file:
+                with _open(shard) as file:
                     metadata = file.metadata()
                     state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
                 seen |= state.keys()
@@ -182,7 +185,8 @@ class Plan:
                 total += sum(t.numel() * t.element_size() for t in kept.values())
                 safetensors.torch.save_file({n: t.contiguous() for n, t in kept.items()}, stage / shard.name, metadata)
             # A file keeps one name of a shared tensor; that one is enough.
-            absent = [n for n in self.keep if n not in seen and not self._has_twin(n, seen)]
+            present = {self.aliases.get(name, name) for name in seen}
+            absent = [name for name in self.keep if self.aliases.get(name, name) not in present]
             if absent:
                 raise PipelineError(
                     f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written"
@@ -197,18 +201,13 @@ class Plan:
                 (stage / name).replace(target / name)
         return [target / name for name in names]
 
-    def _has_twin(self, name: str, seen: set[str]) -> bool:
-        return any(
-            self.keep[other] is self.keep[name] or _same(self.keep[other], self.keep[name])
-            for other in seen & self.keep.keys()
-        )
-
     # -- the file --
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as a safetensors file, in one step."""
         arrays = {f"{dim}:{name}": indices for name, dims in self.keep.items() for dim, indices in dims.items()}
-        metadata = {"format": FORMAT, "version": VERSION, "shapes": json.dumps(self.shapes)}
+        facts = {"shapes": json.dumps(self.shapes), "aliases": json.dumps(self.aliases)}
+        metadata = {"format": FORMAT, "version": VERSION, **facts}
         target = Path(path)
         with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".graphopt-", delete=False) as scratch:
             try:
@@ -226,7 +225,7 @@ class Plan:
         Raises:
             PipelineError: the file is no plan, or one that contradicts itself.
         """
-        with _open(Path(path), "numpy") as file:
+        with _open(Path(path)) as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
@@ -239,29 +238,39 @@ class Plan:
             keep: Kept = {name: {} for name in shapes}
             for key, indices in arrays.items():
                 dim, _, name = key.partition(":")
-                keep[name][int(dim)] = _checked(indices, shapes[name][int(dim)])
-        except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+                keep[name][_dimension(dim)] = _checked(indices, shapes[name][_dimension(dim)])
+            aliases = {str(further): str(name) for further, name in json.loads(metadata["aliases"]).items()}
+            if not all(further in keep and _same(keep[further], keep[name]) for further, name in aliases.items()):
+                raise ValueError("a shared tensor must keep the same indices under each of its names")
+        except (KeyError, ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise PipelineError(
                 f"the plan in {path} contradicts itself ({error}); save it again with Plan.save"
             ) from error
-        return cls(keep, shapes)
+        return cls(keep, shapes, aliases)
 
 
-def _checked(indices: Any, size: int) -> Indices:
-    if indices.ndim != 1 or indices.dtype != np.int64 or not len(indices):
+def _dimension(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"{text!r} is no dimension")
+    return int(text)
+
+
+def _checked(row: torch.Tensor, size: int) -> Indices:
+    if row.dim() != 1 or row.dtype != torch.int64 or not len(row):
         raise ValueError("kept indices must be a row of int64")
+    indices: Indices = row.numpy()
     if indices[0] < 0 or indices[-1] >= size or (np.diff(indices) <= 0).any():
         raise ValueError("kept indices must be sorted, unique and in range")
-    return indices  # type: ignore[no-any-return]
+    return indices
 
 
 def _same(a: Mapping[int, Indices], b: Mapping[int, Indices]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(indices, b[d]) for d, indices in a.items())
 
 
-def _open(path: Path, framework: str) -> Any:
+def _open(path: Path) -> Any:
     try:
-        return safetensors.safe_open(path, framework=framework)
+        return safetensors.safe_open(path, framework="pt")
     except (OSError, safetensors.SafetensorError) as error:
         raise PipelineError(f"cannot read {path} as a safetensors file: {error}") from error
 
@@ -278,8 +287,8 @@ def _shards(source: Path) -> tuple[list[Path], Path | None]:
     if not source.name.endswith(INDEX):
         return [source], None
     try:
-        names = sorted(set(json.loads(source.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted({str(name) for name in json.loads(source.read_text())["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise PipelineError(f"{source} is no index of a sharded checkpoint: {error}") from error
     for name in names:
         if Path(name).name != name:

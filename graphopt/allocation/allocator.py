@@ -108,17 +108,17 @@ class Problem:
         order = tuple(np.argsort(-v, kind="stable") for v in values)
         known: dict[str, Quantity] = {"flops": cost.flops, "params": cost.params, "memory": cost.memory}
         limits = budget.limits({name: quantity(cost.full) for name, quantity in known.items()})
-        wanted = constraints.limits([g for g in cost.groups if g.atom in free], cost.names)
+        # Patterns may name groups that are not to shrink this time.
+        wanted = constraints.limits(cost.groups, cost.names)
         shrinks = np.array([g.atom in free for g in cost.groups], dtype=bool)
-        lower, upper, step = cost.full.copy(), cost.full.copy(), np.ones_like(cost.full)
-        lower[shrinks], upper[shrinks], step[shrinks] = wanted.lower, wanted.upper, wanted.step
+        lower, upper = (np.where(shrinks, bound, cost.full) for bound in (wanted.lower, wanted.upper))
         return cls(
             groups=cost.groups,
             full=cost.full,
             order=order,
             scores=tuple(v[o] for v, o in zip(values, order, strict=True)),
             quantities={name: (known[name], limit) for name, limit in limits.items()},
-            limits=Limits(lower, upper, step),
+            limits=Limits(lower, upper, wanted.step),
             normalised=np.array([bool(g.normalised) for g in cost.groups], dtype=bool),
             budget=budget,
             constraints=constraints,

@@ -373,8 +373,9 @@ def test_an_upper_bound_holds_where_the_budget_is_met_without(allocator: Allocat
 def test_only_the_given_groups_shrink(allocator: Allocator) -> None:
     typing, scores = hidden_layers([20, 40])
     cost = CostModel(typing)
-    keep = allocator.allocate(typing.groups[1:], scores, cost, Budget(flops=0.5))
-    assert cost.sizes(keep).tolist() == [20, 10]
+    for bounds in (Constraints(), Constraints(exclude=["w0"])):
+        keep = allocator.allocate(typing.groups[1:], scores, cost, Budget(flops=0.5), bounds)
+        assert cost.sizes(keep).tolist() == [20, 10]
 
 
 @allocators
