@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from math import prod
+from math import gcd, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,18 @@ Indices = npt.NDArray[np.int64]
 
 
 class AxisError(Exception):
-    """Two axes have no common refinement. Inference answers it by freezing both; users never meet it."""
+    """Two axes have no common refinement. Inference answers it by freezing; users never meet it.
+
+    Attributes:
+        clash: The parts that could not be matched. Where they are frozen, all else is tied as it must be.
+        factors: What :func:`split` would have returned, where only its clashing parts need to be frozen.
+    """
+
+    def __init__(self, message: str, clash: Sequence[Axis] = (), factors: tuple[Axis, Axis] | None = None) -> None:
+        """Say what does not fit, and which parts of it."""
+        super().__init__(message)
+        self.clash = tuple(clash)
+        self.factors = factors
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,7 @@ class Concat(Axis):
 
 
 ONE = Product(())
+_EMPTY = Concat(())
 
 
 def atom(size: int, frozen: Reason | None = None) -> Axis:
@@ -196,25 +208,36 @@ def unify(a: Axis, b: Axis) -> None:
     """Refine ``a`` and ``b`` to a common structure, in place.
 
     Raises:
-        AxisError: the sizes differ, or no refinement is common to both; what was matched until then stays matched.
+        AxisError: the sizes differ, or no refinement is common to both. Everything but its ``clash`` is tied then.
     """
+    clash: list[Axis] = []
+    _unify(a, b, clash)
+    if clash:
+        raise AxisError(f"{a!r} and {b!r} have no common refinement", clash)
+
+
+def _unify(a: Axis, b: Axis, clash: list[Axis]) -> None:
+    """Match two axes; what cannot be matched is added to ``clash``, and matching goes on."""
     a, b = resolve(a), resolve(b)
     if a is b:
         return
     if a.size != b.size:
-        raise AxisError(f"{a!r} has {a.size} positions, {b!r} has {b.size}")
-    if isinstance(a, Atom):
-        _bind(a, b)
-    elif isinstance(b, Atom):
-        _bind(b, a)
-    elif isinstance(a, Product) and isinstance(b, Product):
-        _unify_products(a, b)
-    elif isinstance(a, Concat) and isinstance(b, Concat):
-        _unify_concats(a, b)
-    elif isinstance(a, Concat) and isinstance(b, Product):
-        _unify_rows(a, b)
-    elif isinstance(a, Product) and isinstance(b, Concat):
-        _unify_rows(b, a)
+        raise AxisError(f"{a!r} has {a.size} positions, {b!r} has {b.size}", (a, b))
+    try:
+        if isinstance(a, Atom):
+            _bind(a, b)
+        elif isinstance(b, Atom):
+            _bind(b, a)
+        elif isinstance(a, Product) and isinstance(b, Product):
+            _unify_products(a, b, clash)
+        elif isinstance(a, Concat) and isinstance(b, Concat):
+            _unify_concats(a, b, clash)
+        elif isinstance(a, Concat) and isinstance(b, Product):
+            _unify_rows(a, b, clash)
+        elif isinstance(a, Product) and isinstance(b, Concat):
+            _unify_rows(b, a, clash)
+    except AxisError:
+        clash += (a, b)
 
 
 def _bind(a: Atom, b: Axis) -> None:
@@ -223,41 +246,60 @@ def _bind(a: Atom, b: Axis) -> None:
     a.bound = b
 
 
-def _unify_products(a: Product, b: Product) -> None:
-    """Match factors from the left; a factor that spans several of the other side is split."""
+def _unify_products(a: Product, b: Product, clash: list[Axis]) -> None:
+    """Match factors from the left; a factor that spans several of the other side is split.
+
+    Where neither of two factors divides the other, as in ``(6, 16)`` against ``(4, 24)``, what is to their right is
+    matched from the right as far as it goes (both end in rows of 8), and the rest clashes.
+    """
     left, right = list(reversed(a.factors)), list(reversed(b.factors))
     while left and right:
         x, y = resolve(left.pop()), resolve(right.pop())
-        if x.size > y.size:
+        if x.size > y.size and x.size % y.size == 0:
             outer, inner = split(x, y.size)
             left.append(inner)
-            unify(outer, y)
-        elif y.size > x.size:
+            _unify(outer, y, clash)
+        elif y.size > x.size and y.size % x.size == 0:
             outer, inner = split(y, x.size)
             right.append(inner)
-            unify(x, outer)
+            _unify(x, outer, clash)
+        elif x.size == y.size:
+            _unify(x, y, clash)
         else:
-            unify(x, y)
+            clash += _unify_suffixes([x, *reversed(left)], [y, *reversed(right)], clash)
+            return
 
 
-def _unify_concats(a: Concat, b: Concat) -> None:
+def _unify_suffixes(left: list[Axis], right: list[Axis], clash: list[Axis]) -> list[Axis]:
+    """Match factors from the right while they share a divisor; return those that are left over."""
+    while left and right:
+        x, y = resolve(left[-1]), resolve(right[-1])
+        common = gcd(x.size, y.size)
+        if common == 1:
+            break
+        x_outer, x_inner = split(x, x.size // common)
+        y_outer, y_inner = split(y, y.size // common)
+        _unify(x_inner, y_inner, clash)
+        left[-1:] = [x_outer] if x_outer is not ONE else []
+        right[-1:] = [y_outer] if y_outer is not ONE else []
+    return left + right
+
+
+def _unify_concats(a: Concat, b: Concat, clash: list[Axis]) -> None:
     """Match parts from the left; a part that spans several of the other side is cut."""
     left, right = list(reversed(a.parts)), list(reversed(b.parts))
     while left and right:
         x, y = resolve(left.pop()), resolve(right.pop())
         if x.size > y.size:
-            head, tail = cut(x, y.size)
+            x, tail = cut(x, y.size)
             left.append(tail)
-            unify(head, y)
         elif y.size > x.size:
-            head, tail = cut(y, x.size)
+            y, tail = cut(y, x.size)
             right.append(tail)
-            unify(x, head)
-        else:
-            unify(x, y)
+        _unify(x, y, clash)
 
 
-def _unify_rows(chain: Concat, grid: Product) -> None:
+def _unify_rows(chain: Concat, grid: Product, clash: list[Axis]) -> None:
     """Match a concatenation with a product: whole rows of the grid at a time.
 
     A part of k rows is ``Product(k of the outer factor, inner)``; parts shorter than a row are gathered, or cut, until
@@ -287,14 +329,15 @@ def _unify_rows(chain: Concat, grid: Product) -> None:
             segment, outer = cut(outer, rows)
         else:
             segment = outer
-        unify(part, product((segment, inner)))
+        _unify(part, product((segment, inner)), clash)
 
 
 def split(axis: Axis, outer_size: int) -> tuple[Axis, Axis]:
     """Refine ``axis`` to ``Product(outer, inner)`` with ``outer_size`` rows and return both factors.
 
     Raises:
-        AxisError: ``outer_size`` does not divide the size, or the structure has no such rows.
+        AxisError: ``outer_size`` does not divide the size, or the structure has no such rows; in the latter case with
+            the factors that hold once its clash is frozen.
     """
     axis = resolve(axis)
     if outer_size == 1:
@@ -307,27 +350,32 @@ def split(axis: Axis, outer_size: int) -> tuple[Axis, Axis]:
         rest = list(reversed(axis.factors))
         taken: list[Axis] = []
         missing = outer_size
-        while missing > 1:
+        while missing > 1 and (missing % rest[-1].size == 0 or rest[-1].size % missing == 0):
             factor = rest.pop()
             if factor.size > missing:
                 factor, inner = split(factor, missing)
                 rest.append(inner)
-            elif missing % factor.size:
-                raise AxisError(f"{axis!r} has no {outer_size} equal rows")
             taken.append(factor)
             missing //= factor.size
-        return product(taken), product(rest[::-1])
+        if missing == 1:
+            return product(taken), product(rest[::-1])
     frozen = axis.frozen if isinstance(axis, Atom) else None
-    outer, inner = atom(outer_size, frozen), atom(axis.size // outer_size, frozen)
-    unify(axis, product((outer, inner)))
-    return outer, inner
+    factors = atom(outer_size, frozen), atom(axis.size // outer_size, frozen)
+    try:
+        unify(axis, product(factors))
+    except AxisError as error:
+        raise AxisError(f"{axis!r} has no {outer_size} equal rows", error.clash, factors) from error
+    return factors
 
 
 def cut(axis: Axis, position: int) -> tuple[Axis, Axis]:
     """Refine ``axis`` to ``Concat(head, tail)`` with ``position`` entries in the head and return both parts.
 
+    A cut inside a row of a product sets that row apart: the rows before and after it stay rows, its two pieces are
+    parts of the inner factor, and the row itself can no longer go.
+
     Raises:
-        AxisError: the cut would fall inside a row of a product.
+        AxisError: ``position`` is not inside the axis, or a factor cannot be cut.
     """
     axis = resolve(axis)
     if not 0 < position < axis.size:
@@ -350,10 +398,15 @@ def cut(axis: Axis, position: int) -> tuple[Axis, Axis]:
         return concat(head_parts), concat(pending[::-1])
     assert isinstance(axis, Product)
     outer, inner = axis.factors[0], product(axis.factors[1:])
-    if position % inner.size:
-        raise AxisError(f"a cut at {position} falls inside a row of {axis!r}")
-    head, tail = cut(outer, position // inner.size)
-    return product((head, inner)), product((tail, inner))
+    rows, offset = divmod(position, inner.size)
+    before, after = cut(outer, rows) if rows else (_EMPTY, outer)
+    if not offset:
+        return product((before, inner)), product((after, inner))
+    after = cut(after, 1)[1] if after.size > 1 else _EMPTY
+    left, right = cut(inner, offset)
+    head = [product((before, inner))] if rows else []
+    tail = [product((after, inner))] if after.size else []
+    return concat([*head, left]), concat([right, *tail])
 
 
 # -- evaluating a solved expression ---------------------------------------------------------------------------------

@@ -137,17 +137,21 @@ class Typer:
         """Tie two axes and return one of them; axes that cannot be tied are frozen instead."""
         try:
             algebra.unify(a, b)
-        except AxisError:
-            self.freeze(a, "its structure does not fit that of its partner")
-            self.freeze(b, "its structure does not fit that of its partner")
+        except AxisError as error:
+            for axis in error.clash:
+                self.freeze(axis, "its structure does not fit that of its partner")
         return a
 
     def split(self, axis: Axis, outer_size: int) -> tuple[Axis, Axis]:
         """Refine an axis to rows; where that is impossible both factors are frozen, and the axis with them."""
         try:
             return algebra.split(axis, outer_size)
-        except AxisError:
+        except AxisError as error:
             why = f"it has no {outer_size} equal rows"
+            if error.factors is not None:
+                for part in error.clash:
+                    self.freeze(part, why)
+                return error.factors
             self.freeze(axis, why)
             return self.fixed(outer_size, why), self.fixed(axis.size // outer_size, why)
 

@@ -38,6 +38,7 @@ def _keep(axis: Axis, seed: int) -> dict[Atom, np.ndarray]:
     return {
         leaf: np.sort(rng.permutation(leaf.size)[: rng.integers(1, leaf.size + 1)])
         for leaf in dict.fromkeys(leaves(axis))
+        if leaf.frozen is None
     }
 
 
@@ -65,8 +66,22 @@ def test_products_are_matched_factor_by_factor() -> None:
 
 
 def test_products_without_a_common_refinement_are_refused() -> None:
-    with pytest.raises(AxisError, match="equal rows"):
-        unify(product([atom(2), atom(9)]), product([atom(3), atom(6)]))
+    a, b = product([atom(2), atom(5)]), product([atom(5), atom(2)])
+    with pytest.raises(AxisError, match="no common refinement") as caught:
+        unify(a, b)
+    assert {leaf for axis in caught.value.clash for leaf in leaves(axis)} == {*leaves(a), *leaves(b)}
+
+
+def test_rows_that_do_not_fit_still_share_what_is_inside() -> None:
+    """Group norms of 6 and of 4 groups over one axis: rows of 8 are common, the rest clashes."""
+    a, b = product([atom(6), atom(16)]), product([atom(4), atom(24)])
+    with pytest.raises(AxisError) as caught:
+        unify(a, b)
+    for axis in caught.value.clash:
+        freeze(axis, WHY)
+    free = [{leaf for leaf in leaves(axis) if leaf.frozen is None} for axis in (a, b)]
+    assert free[0] == free[1]
+    assert [leaf.size for leaf in free[0]] == [8]
 
 
 def test_sizes_must_agree() -> None:
@@ -124,14 +139,31 @@ def test_the_first_reason_stays() -> None:
     assert a.frozen is WHY
 
 
-def test_split_and_cut_refuse_what_structure_forbids() -> None:
+def test_split_refuses_what_structure_forbids() -> None:
     axis = product([atom(4), atom(6)])
-    with pytest.raises(AxisError, match="inside a row"):
-        cut(axis, 3)
-    with pytest.raises(AxisError, match="equal rows"):
+    with pytest.raises(AxisError, match="5 equal rows"):
         split(axis, 5)
+    with pytest.raises(AxisError, match="3 equal rows") as caught:
+        split(axis, 3)
+    assert caught.value.factors is not None
+    assert [factor.size for factor in caught.value.factors] == [3, 8]
+
+
+def test_a_cut_between_rows_keeps_rows() -> None:
+    axis = product([atom(4), atom(6)])
     head, tail = cut(axis, 12)
-    assert (head.size, tail.size) == (12, 12)
+    assert [leaf.size for leaf in leaves(head)] == [leaf.size for leaf in leaves(tail)] == [2, 6]
+
+
+def test_a_cut_inside_a_row_sets_the_row_apart() -> None:
+    rows, columns = atom(5), atom(2)
+    axis = product([rows, columns])
+    head, tail = cut(axis, 5)
+    assert (head.size, tail.size) == (5, 5)
+    assert [leaf.size for leaf in leaves(rows)] == [2, 2]
+    keep = {leaf: np.array([0]) for leaf in leaves(rows)}
+    assert kept_positions(axis, keep).tolist() == [0, 1, 4, 5, 6, 7]
+    assert kept_positions(head, keep).tolist() == [0, 1, 4]
 
 
 def test_index_at_names_the_index_of_every_position() -> None:
@@ -161,8 +193,9 @@ def test_unified_axes_keep_the_same_positions(data: st.DataObject) -> None:
     a, b = data.draw(axes(size)), data.draw(axes(size))
     try:
         unify(a, b)
-    except AxisError:
-        assume(False)
+    except AxisError as error:
+        for axis in error.clash:
+            freeze(axis, WHY)
     keep = _keep(concat([a, b]), data.draw(st.integers(0, 1000)))
     assert kept_positions(a, keep).tolist() == kept_positions(b, keep).tolist()
     assert len(kept_positions(a, keep)) == size_of(a, {leaf: len(k) for leaf, k in keep.items()})
