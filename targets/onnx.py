@@ -1,21 +1,113 @@
-"""Write a graph as an ONNX file, ``model.onnx``."""
+"""Write a graph as an ONNX file, ``model.onnx``, and run it in ONNX Runtime against the graph."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import LoweringError, UnsupportedOperatorError
 from graphopt.graph import Graph
-from graphopt.targets.base import Lowered, Target
+from graphopt.targets import program as programs
+from graphopt.targets.base import Check, Lowered, Target, require, staged
+from graphopt.targets.lowering.storage import embed, write
+from graphopt.targets.lowering.translate import Translated, translate
+from graphopt.verify import flatten_inputs
+
+FILE = "model.onnx"
 
 
 @dataclass(frozen=True)
 class OnnxTarget(Target):
-    """Translate the graph to ONNX."""
+    """Translate the graph, in evaluation mode, to standard ONNX operators, with its dynamic dimensions.
+
+    Inputs keep the names of ``forward``'s arguments, outputs the keys of what it returns, weights their names. Weights
+    of more than 2 GB stand in ``model.onnx.data``, beside the file. A model with an operator that has no translation
+    here goes through ``torch.onnx`` instead, which takes longer and names values its own way; ``notes`` say so. The
+    result is run in ONNX Runtime where that is installed.
+    """
 
     name: ClassVar[str] = "onnx"
     requires: ClassVar[str | None] = "onnx"
 
     def lower(self, graph: Graph, directory: Path | None = None) -> Lowered:
-        raise NotImplementedError
+        require("onnx", extra="onnx", purpose="writing an ONNX file")
+        translated = _translated(graph)
+        with staged(directory) if directory is not None else _temporary() as stage:
+            write(translated.skeleton, translated.weights, stage / FILE)
+            _check_file(stage / FILE)
+            checks, notes = self._run(graph, translated, stage / FILE)
+        return Lowered(
+            artifacts={} if directory is None else {"onnx": directory / FILE},
+            onnx=embed(translated.skeleton, translated.weights),
+            checks=checks,
+            notes=(*translated.notes, *notes),
+        )
+
+    def _run(self, graph: Graph, translated: Translated, path: Path) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+        if not self.check:
+            return (), ()
+        if importlib.util.find_spec("onnxruntime") is None:
+            return (), ("onnxruntime is not installed: the ONNX file was checked for form, and not run",)
+        try:
+            run = runner(graph, translated, path)
+        except _NoKernelError as error:
+            return (), (f"the ONNX file was not run: {error}",)
+        return programs.check(graph, "onnxruntime", run, sorted(translated.outputs)), ()
+
+
+class _NoKernelError(Exception):
+    """Say that ONNX Runtime has no CPU kernel for an operator in some precision."""
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="graphopt-") as folder:
+        yield Path(folder)
+
+
+def _translated(graph: Graph) -> Translated:
+    try:
+        return translate(graph)
+    except UnsupportedOperatorError as error:
+        from graphopt.targets.lowering.exporter import export
+
+        return export(graph, str(error))
+
+
+def _check_file(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise LoweringError(f"the ONNX model is not well formed: {error}. Nothing was written: please report it") from error
+
+
+def runner(graph: Graph, translated: Translated, path: Path) -> Callable[[programs.Inputs], list[Any]]:
+    """Load a model into ONNX Runtime; the function returned runs it on a call's inputs and returns its outputs."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise _NoKernelError(str(error)) from error
+
+    def run(inputs: programs.Inputs) -> list[Any]:
+        flat = flatten_inputs(graph.module, *inputs)
+        feeds = {name: flat[position].detach().cpu().numpy() for position, name in translated.inputs.items()}
+        names = [translated.outputs[position] for position in sorted(translated.outputs)]
+        arrays = session.run(names, feeds)
+        return [torch.from_numpy(array) for array in arrays]
+
+    return run

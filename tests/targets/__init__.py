@@ -1,0 +1,1 @@
+"""Test the targets, and the lowering to ONNX."""
