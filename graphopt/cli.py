@@ -231,7 +231,7 @@ def _root(
 def main() -> NoReturn:
     """Run the command line; ends the process with the exit status that tells what kind of thing went wrong."""
     try:
-        app()
+        app(prog_name="graphopt")
     except GraphOptError as error:
         print(f"graphopt: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         if "example_inputs" in str(error):

@@ -132,11 +132,11 @@ def try_pass(
 
 
 def damaged(graph: Graph, name: str) -> Graph:
-    """Return a copy of the graph in which one entry of a parameter is wrong."""
+    """Return a copy of the graph in which every entry of a parameter is a little wrong."""
     copy = graph.clone()
     tensor = graph.tensor(name)
-    wrong = tensor.detach().clone()
-    wrong.view(-1)[wrong.numel() // 2] += 0.5 * (wrong.abs().max() + 1)
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
+    wrong = tensor.detach() + 0.1 * (tensor.detach().abs().max() + 1) * noise
     copy.set_tensor(name, nn.Parameter(wrong, requires_grad=tensor.requires_grad))
     return copy
 

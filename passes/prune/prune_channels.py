@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import nn
+
 from graphopt.allocation import ALLOCATORS, Allocator, Budget, Constraints, Keep, Knapsack
 from graphopt.cost import CostModel
 from graphopt.dialects.aten import infer
-from graphopt.errors import PipelineError
+from graphopt.errors import PassError, PipelineError
 from graphopt.graph import Graph
 from graphopt.importance import CRITERIA, L2, Criterion, ScoreContext
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, Removal, choice, register
@@ -52,6 +55,7 @@ class PruneChannels(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         typing = infer(graph)
+        _check_finite(typing)
         costs = CostModel(typing)
         budget = self._budget(context, costs)
         constraints = dataclasses.replace(
@@ -127,3 +131,16 @@ class PruneChannels(Pass):
                 return f"{over}, and such groups stay whole (normalised=never)"
             return f"{over}, and the budget was met without it (normalised=after)"
         return f"each of its {group.size} indices is worth more than the budget it takes"
+
+
+def _check_finite(typing: Typing) -> None:
+    """Refuse parameters without a magnitude: no criterion could rank their indices."""
+    for name, tensor in typing.graph.tensors().items():
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            continue
+        # A sum that is finite says that every entry is; one that is not may just have overflowed.
+        if not bool(torch.isfinite(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
+            raise PassError(
+                f"the parameter {name} holds NaN or infinity, so its indices cannot be ranked: repair the weights, "
+                "or load a checkpoint from before they broke"
+            )
