@@ -159,7 +159,7 @@ def staged(directory: Path) -> Iterator[Path]:
             for path in reversed(files):
                 (directory / path.name).unlink(missing_ok=True)
         for path in files:
-            os.replace(path, directory / path.name)
+            path.replace(directory / path.name)
         done = True
     except OSError as error:
         raise LoweringError(

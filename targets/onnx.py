@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import LoweringError, UnsupportedOperatorError
 from graphopt.graph import Graph
@@ -88,7 +87,9 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        raise LoweringError(f"the ONNX model is not well formed: {error}. Nothing was written: please report it") from error
+        raise LoweringError(
+            f"the ONNX model is not well formed: {error}. Nothing was written: please report it"
+        ) from error
 
 
 def runner(graph: Graph, translated: Translated, path: Path) -> Callable[[programs.Inputs], list[Any]]:

@@ -48,11 +48,11 @@ def to_program(graph: Graph) -> ExportedProgram:
             return torch.export.export(
                 module, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(module, args, kwargs), strict=False
             )
-    except Exception as error:  # noqa: BLE001  # torch.export raises whatever an operator raises
+    except Exception as error:  # torch.export raises whatever an operator raises
         first = " ".join(str(error).split("\n\n")[0].split())
         raise LoweringError(
-            f"torch.export refuses the graph: {type(error).__name__}: {first}. Every operator must run on fake tensors: "
-            "register a fake implementation (torch.library.register_fake) for operators of your own"
+            f"torch.export refuses the graph: {type(error).__name__}: {first}. Every operator must run on fake "
+            "tensors: register a fake implementation (torch.library.register_fake) for operators of your own"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Translate operators that multiply and sum: linear layers, convolutions, matrix products, einsum, attention, experts."""
+"""Translate operators that multiply and sum: linear layers, convolutions, products, einsum, attention, experts."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def _attention(e: Emitter, call: Call) -> Value:
     """Translate ``softmax(scale * q k^T + mask) v`` to matrix products and a softmax, for any number of dimensions.
 
     Plain products are what every runtime optimises; ONNX Runtime's own kernel for the operator ``Attention`` of later
-    opsets is no faster. With ``enable_gqa`` the queries of one key head are laid one after another, ``(…, kv heads, queries
-    per head * length, width)``, so that keys and values are not repeated. A row that the mask leaves nothing yields
+    opsets is no faster. With ``enable_gqa`` the queries of one key head are laid one after another, ``(…, kv heads,
+    queries per head * length, width)``, so that keys and values are not repeated. A row that the mask leaves nothing yields
     zeros, as in torch.
     """
     q, k, v = (call.spec(name) for name in ("query", "key", "value"))

@@ -11,7 +11,7 @@ from torch import fx
 
 from graphopt.dialects.aten.common import overloads
 from graphopt.errors import UnsupportedOperatorError
-from graphopt.graph import SPEC, Call, TensorSpec
+from graphopt.graph import SPEC, Call, TensorSpec, tensor_spec
 from graphopt.targets.lowering.emitter import Emitter, Value, is_float, onnx_type, out_spec, scalar_type
 
 aten = torch.ops.aten
@@ -67,8 +67,7 @@ def unary(build: Callable[[Emitter, str, torch.dtype], str]) -> Translation:
 
     def translate(e: Emitter, call: Call) -> Value:
         x = first_operand(call)
-        spec = call.node.args[0].meta[SPEC]
-        dtype = spec.dtype
+        dtype = tensor_spec(x).dtype
         target = out_spec(call.node).dtype
         if is_float(target) and not is_float(dtype):
             dtype = target
@@ -94,7 +93,7 @@ def predicate(build: Callable[[Emitter, str, torch.dtype], str]) -> Translation:
 
 
 def binary(operator: str, *names: str, alpha: bool = False) -> Translation:
-    """Translate to one ONNX operator of two inputs, ``self`` and ``other`` unless named; ``alpha`` scales the second."""
+    """Translate to one ONNX operator of two inputs, ``self`` and ``other`` unless named; ``alpha`` scales the other."""
     first, second = names or ("self", "other")
 
     def translate(e: Emitter, call: Call) -> Value:
@@ -436,8 +435,7 @@ def _rounding(operator: str) -> Translation:
 
 def identity(e: Emitter, call: Call) -> Value:
     """Translate an operator that, in evaluation, hands on its first argument."""
-    first = call.node.args[0]
-    return e.values[first] if isinstance(first, fx.Node) else first
+    return e[first_operand(call)]
 
 
 def _convert(e: Emitter, call: Call) -> Value:
@@ -503,12 +501,14 @@ TRANSLATIONS: dict[Any, Translation] = {
     **_table(logical("Or"), "logical_or.default"),
     **_table(logical("Xor"), "logical_xor.default"),
     **_table(predicate(lambda e, x, dtype: e("Not", e.cast(x, dtype, torch.bool))), "logical_not.default"),
-    **_table(bitwise("And", "BitwiseAnd"), "bitwise_and.Tensor", "bitwise_and.Scalar", "__and__.Tensor", "__and__.Scalar"),
-    **_table(bitwise("Or", "BitwiseOr"), "bitwise_or.Tensor", "bitwise_or.Scalar", "__or__.Tensor", "__or__.Scalar"),
-    **_table(bitwise("Xor", "BitwiseXor"), "bitwise_xor.Tensor", "bitwise_xor.Scalar", "__xor__.Tensor", "__xor__.Scalar"),
     **_table(
-        unary(lambda e, x, dtype: e("Not" if dtype is torch.bool else "BitwiseNot", x)), "bitwise_not.default"
+        bitwise("And", "BitwiseAnd"), "bitwise_and.Tensor", "bitwise_and.Scalar", "__and__.Tensor", "__and__.Scalar"
     ),
+    **_table(bitwise("Or", "BitwiseOr"), "bitwise_or.Tensor", "bitwise_or.Scalar", "__or__.Tensor", "__or__.Scalar"),
+    **_table(
+        bitwise("Xor", "BitwiseXor"), "bitwise_xor.Tensor", "bitwise_xor.Scalar", "__xor__.Tensor", "__xor__.Scalar"
+    ),
+    **_table(unary(lambda e, x, dtype: e("Not" if dtype is torch.bool else "BitwiseNot", x)), "bitwise_not.default"),
     **_table(predicate(_float_only("IsNaN")), "isnan.default"),
     **_table(predicate(_float_only("IsInf")), "isinf.default"),
     **_table(predicate(_isfinite), "isfinite.default"),

@@ -52,12 +52,18 @@ def export(graph: Graph, reason: str) -> Translated:
         assert exported is not None
         model = exported.model_proto
     except Exception as error:  # the exporter raises whatever its functions raise
-        first = " ".join(str(error).split("\n\n")[0].split())[:300]
         raise LoweringError(
-            f"{reason}; and PyTorch's exporter failed, too: {type(error).__name__}: {first}. To get an ONNX file, {ADVICE}"
+            f"{reason}; PyTorch's exporter failed, too ({_innermost(error)}). To get an ONNX file, {ADVICE}"
         ) from error
     note = f"{reason}: the file was made by torch.onnx instead"
     return _split(graph, model, note)
+
+
+def _innermost(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    first = str(error).strip().split("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {first[:200]}"
 
 
 def _split(graph: Graph, model: onnx.ModelProto, note: str) -> Translated:
@@ -71,8 +77,8 @@ def _split(graph: Graph, model: onnx.ModelProto, note: str) -> Translated:
     kept = [i for i, result in enumerate(results) if isinstance(result, torch.fx.Node)]
     if len(model.graph.input) != len(tensors) or len(model.graph.output) != len(kept):
         raise LoweringError(
-            f"torch.onnx made {len(model.graph.input)} inputs and {len(model.graph.output)} outputs of {len(tensors)} and "
-            f"{len(kept)}: {note}. To get an ONNX file, {ADVICE}"
+            f"torch.onnx made {len(model.graph.input)} inputs of {len(tensors)} and "
+            f"{len(model.graph.output)} outputs of {len(kept)}: {note}. To get an ONNX file, {ADVICE}"
         )
     inputs = {i: chosen[i] for i in tensors}
     wanted = names.unique(names.output_names(graph, len(results)), list(inputs.values()))

@@ -55,7 +55,7 @@ def _constant_nodes(graph: Graph) -> set[fx.Node]:
             if node in spoiled:
                 continue
             if node.op == "get_attr":
-                if isinstance(get_attribute(graph.module, node.target), torch.Tensor):
+                if isinstance(get_attribute(graph.module, str(node.target)), torch.Tensor):
                     constant.add(node)
             elif node.op == "call_function" and _is_pure(node) and all(n in constant for n in node.all_input_nodes):
                 constant.add(node)
@@ -103,7 +103,7 @@ def _evaluate(graph: Graph, constant: set[fx.Node]) -> dict[fx.Node, Any]:
             if node not in constant:
                 continue
             if node.op == "get_attr":
-                values[node] = get_attribute(graph.module, node.target).detach()
+                values[node] = get_attribute(graph.module, str(node.target)).detach()
             else:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
                 values[node] = node.target(*args, **kwargs)
@@ -118,7 +118,7 @@ def _frontier(graph: Graph, constant: set[fx.Node]) -> Iterator[fx.Node]:
 
 def _worth(graph: Graph, node: fx.Node, value: torch.Tensor, constant: set[fx.Node]) -> bool:
     leaves, moved = _origin(node)
-    tensors = {id(t): t for t in (get_attribute(graph.module, leaf.target) for leaf in leaves)}
+    tensors = {id(t): t for t in (get_attribute(graph.module, str(leaf.target)) for leaf in leaves)}
     size = value.numel() * value.element_size()
     if size > sum(t.numel() * t.element_size() for t in tensors.values()) + GROWTH_LIMIT:
         return False

@@ -67,8 +67,9 @@ def _read_after(node: fx.Node, write: fx.Node, order: dict[fx.Node, int]) -> boo
 
 def _functional(graph: Graph, node: fx.Node) -> fx.Node:
     """Insert the call that returns what ``node`` would have written."""
-    name = node.target._schema.name.split("::")[1]
-    overload = node.target._overloadname
+    target: Any = node.target
+    name = target._schema.name.split("::")[1]
+    overload = target._overloadname
     special: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         "zero_": lambda: (aten.zeros_like.default, node.args[:1]),
     }
@@ -194,7 +195,9 @@ def _undo_part(item: fx.Node, parts: fx.Node, whole: fx.Node, value: fx.Node) ->
         return aten.select_scatter.default, (whole, value, dim, position)
     sizes = [tensor.shape[dim] for tensor in parts.meta[SPEC]]
     if any(tensor.dynamic[dim] for tensor in parts.meta[SPEC]):
-        raise UnsupportedOperatorError(f"a write into {item.name}, a part of a dimension whose size depends on the inputs")
+        raise UnsupportedOperatorError(
+            f"a write into {item.name}, a part of a dimension whose size depends on the inputs"
+        )
     start = sum(sizes[:position])
     return aten.slice_scatter.default, (whole, value, dim, start, start + sizes[position], 1)
 

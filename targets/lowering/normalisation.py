@@ -29,7 +29,7 @@ def _batch_norm(e: Emitter, call: Call) -> Value:
     weight = _per_channel(e, call, "weight", 1.0, channels, dtype)
     bias = _per_channel(e, call, "bias", 0.0, channels, dtype)
     flag = "use_input_stats" if call.has("use_input_stats") else "training"
-    if call.has(flag) and call[flag] or call["running_mean"] is None:
+    if (call.has(flag) and call[flag]) or call["running_mean"] is None:
         dims = [0, *range(2, len(spec.shape))]
         return _standardised(e, x, dims, len(spec.shape), weight, bias, call["eps"], dtype)
     return e(

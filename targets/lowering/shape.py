@@ -22,9 +22,7 @@ aten = torch.ops.aten
 
 def settled(entries: Sequence[Any], spec: TensorSpec) -> list[Any]:
     """Return the entries of a shape with every size that the result's type knows as an integer."""
-    return [
-        entry if dynamic else size for entry, size, dynamic in zip(entries, spec.shape, spec.dynamic, strict=True)
-    ]
+    return [entry if dynamic else size for entry, size, dynamic in zip(entries, spec.shape, spec.dynamic, strict=True)]
 
 
 def _view(e: Emitter, call: Call) -> Value:
@@ -205,7 +203,7 @@ def _repeat(e: Emitter, call: Call) -> Value:
     if all(isinstance(r, int) and r == 1 for r in repeats):
         return x
     ones = all(
-        isinstance(r, int) and r == 1 or (dim < new or (spec.shape[dim - new] == 1 and not spec.dynamic[dim - new]))
+        (isinstance(r, int) and r == 1) or (dim < new or (spec.shape[dim - new] == 1 and not spec.dynamic[dim - new]))
         for dim, r in enumerate(repeats)
     )
     return e.expand(x, repeats) if ones else e("Tile", x, e.sizes(repeats))
@@ -358,7 +356,9 @@ def _pixel_unshuffle(e: Emitter, call: Call) -> Value:
     x, spec, result = e[call["self"]], call.spec("self"), out_spec(call.node)
     factor = call["downscale_factor"]
     if len(spec.shape) != 4 or any(spec.dynamic[1:]):
-        raise UnsupportedOperatorError("a pixel unshuffle of other than 4 dimensions, or of a size unknown before run time")
+        raise UnsupportedOperatorError(
+            "a pixel unshuffle of other than 4 dimensions, or of a size unknown before run time"
+        )
     n, (c, h, w) = e.extent(x, spec, 0), spec.shape[1:]
     split = e.reshape(x, spec, [n, c, h // factor, factor, w // factor, factor])
     between = TensorSpec((0,) * 6, spec.dtype, (spec.dynamic[0],) + (False,) * 5)
@@ -396,7 +396,9 @@ def _table(translation: Translation, *names: str) -> dict[Any, Translation]:
 
 
 TRANSLATIONS: dict[Any, Translation] = {
-    **_table(_view, "view.default", "reshape.default", "_unsafe_view.default", "view_copy.default", "_reshape_copy.default"),
+    **_table(
+        _view, "view.default", "reshape.default", "_unsafe_view.default", "view_copy.default", "_reshape_copy.default"
+    ),
     **_table(_view_dtype, "view.dtype"),
     **_table(_view_as, "view_as.default", "reshape_as.default"),
     **_table(_flatten, "flatten.using_ints"),

@@ -160,7 +160,9 @@ def _adaptive_max_pool(spatial: int) -> Translation:
         size = _each(call["output_size"], spatial)
         space = _static_space(call, spatial, "adaptive pooling")
         if any(n % m for n, m in zip(space, size, strict=True)):
-            raise UnsupportedOperatorError(f"adaptive maximum pooling of {space} to {size}, with windows of several sizes")
+            raise UnsupportedOperatorError(
+                f"adaptive maximum pooling of {space} to {size}, with windows of several sizes"
+            )
         kernel = [n // m for n, m in zip(space, size, strict=True)]
         batched = len(call.spec("self").shape) == spatial + 2
         x = e[call["self"]] if batched else e.unsqueeze(e[call["self"]], 0)
@@ -338,7 +340,9 @@ TRANSLATIONS: dict[Any, Translation] = {
     **_table(_resize("linear", 2, antialias=True), "_upsample_bilinear2d_aa.vec", "_upsample_bilinear2d_aa.default"),
     **_table(_resize("cubic", 2, antialias=True), "_upsample_bicubic2d_aa.vec", "_upsample_bicubic2d_aa.default"),
     **_table(_pad, "pad.default", "constant_pad_nd.default"),
-    **_table(_pad_in_mode("reflect"), "reflection_pad1d.default", "reflection_pad2d.default", "reflection_pad3d.default"),
+    **_table(
+        _pad_in_mode("reflect"), "reflection_pad1d.default", "reflection_pad2d.default", "reflection_pad3d.default"
+    ),
     **_table(_pad_in_mode("replicate"), "replication_pad1d.default", "replication_pad2d.default"),
     **_table(_pad_in_mode("replicate"), "replication_pad3d.default"),
     **_table(_grid_sample, "grid_sampler.default", "grid_sampler_2d.default", "grid_sampler_3d.default"),

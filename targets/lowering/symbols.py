@@ -24,10 +24,11 @@ Number = Callable[[Emitter, fx.Node], Value]
 
 def _getitem(e: Emitter, node: fx.Node) -> Value:
     source, index = node.args
-    values = e.values[source]  # type: ignore[index]
-    if not isinstance(values, tuple | list):
+    values = e.values[source] if isinstance(source, fx.Node) else None
+    if not isinstance(values, tuple | list) or not isinstance(index, int):
         raise UnsupportedOperatorError(f"an item of {source}, which yields no list")
-    return values[index]  # type: ignore[index]
+    found: Value = values[index]
+    return found
 
 
 def _example(argument: Any) -> Any:
@@ -150,7 +151,7 @@ NUMBERS: dict[Any, Number] = {
     builtins.round: _rounding("Round"),
     torch.sym_float: _to_float,
     torch.sym_ite: _choice,
-    torch.sym_sqrt: _root,  # type: ignore[attr-defined]
+    torch.sym_sqrt: _root,
 }
 
 

@@ -56,8 +56,8 @@ def elementwise() -> Iterator[Call]:
     s, t = b(N, 4), b(N, 4)
     anywhere = (
         "abs atan asinh cos cosh erf exp neg sigmoid sign sgn sin sinh tan tanh ceil floor round.default trunc fix "
-        "frac expm1 exp2 erfc relu relu6 hardtanh hardswish hardsigmoid silu mish gelu elu selu celu leaky_relu softplus "
-        "log_sigmoid hardshrink softshrink square isnan isinf isfinite logical_not alias detach lift_fresh "
+        "frac expm1 exp2 erfc relu relu6 hardtanh hardswish hardsigmoid silu mish gelu elu selu celu leaky_relu "
+        "softplus log_sigmoid hardshrink softshrink square isnan isinf isfinite logical_not alias detach lift_fresh "
         "lift_fresh_copy clone contiguous positive resolve_conj resolve_neg"
     )
     for name in anywhere.split():
@@ -192,10 +192,10 @@ def contraction() -> Iterator[Call]:
         transposed = f"conv_transpose{rank}d.{'default' if rank == 1 else 'input'}"
         yield from of(transposed, f(N, 4, *space), Weight(f(4, 6, *kernel)), Weight(f(6)), [2] * rank, [1] * rank)
         yield from of(transposed, f(N, 4, *space), Weight(f(4, 3, *kernel)), None, [2] * rank, [0], [1] * rank, 2)
-    args = (f(N, 4, 7, 6), Weight(f(6, 4, 3, 3)), Weight(f(6)), [1, 2], [1, 0], [1, 1], False, [0, 0], 1)
-    yield from of("convolution.default", *args)
-    args = (f(N, 4, 7, 6), Weight(f(4, 6, 3, 3)), None, [2, 2], [1, 0], [1, 1], True, [1, 0], 1)
-    yield from of("convolution.default", *args)
+    forward = (f(N, 4, 7, 6), Weight(f(6, 4, 3, 3)), Weight(f(6)), [1, 2], [1, 0], [1, 1], False, [0, 0], 1)
+    yield from of("convolution.default", *forward)
+    backward = (f(N, 4, 7, 6), Weight(f(4, 6, 3, 3)), None, [2, 2], [1, 0], [1, 1], True, [1, 0], 1)
+    yield from of("convolution.default", *backward)
     yield from attention()
 
 
@@ -282,9 +282,9 @@ def reduction() -> Iterator[Call]:
     yield from of("sum.default", n, dtype=torch.float32)
     yield from of("mean.default", x)
     yield from of("mean.default", n, dtype=torch.float32)
-    for dims in ([2], [1, -1], None):
-        yield from of("mean.dim", x, dims)
-        yield from of("mean.dim", x, dims, True)
+    for axes in ([2], [1, -1], None):
+        yield from of("mean.dim", x, axes)
+        yield from of("mean.dim", x, axes, True)
     yield from of("mean.dim", f(N, 2, 4, 5), [2, 3])
     yield from of("mean.dim", f(N, 2, 4, 5), [-1, -2], True)
     yield from of("logsumexp.default", x, [1])
@@ -477,8 +477,8 @@ def spatial() -> Iterator[Call]:
     yield from of("_upsample_bilinear2d_aa.default _upsample_bicubic2d_aa.default", x, [3, 4], False)
     yield from of("pad.default", x, [1, 2, 0, 1])
     yield from of("pad.default", x, [1, -1, 0, 1], "constant", 2.5)
-    for mode in ("reflect", "replicate", "circular"):
-        yield from of("pad.default", x, [1, 2, 3, 1], mode)
+    for way in ("reflect", "replicate", "circular"):
+        yield from of("pad.default", x, [1, 2, 3, 1], way)
     yield from of("pad.default", b(N, 4), [1, 1])
     yield from of("pad.default", x, [0, 0])
     yield from of("constant_pad_nd.default", x, [1, 2], 1)

@@ -6,13 +6,11 @@ The calls of a family are one ONNX model: it is checked for form, types and shap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from graphopt.targets.lowering.translate import TRANSLATIONS
 from graphopt.verify import difference
 
 from .cases import FAMILIES, Call
