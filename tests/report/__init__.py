@@ -1,0 +1,1 @@
+"""Test reports and what they look like."""
