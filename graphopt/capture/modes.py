@@ -75,7 +75,10 @@ def mark_program(module: TraceModule, owner_types: Mapping[fx.Node, str]) -> lis
     for node in module.graph.find_nodes(op="call_function", target=aten.add_.Tensor):
         if _is_counter(node):
             # The step of a batch counter: the module counts by itself, and in training only.
+            counter = node.args[0]
             module.graph.erase_node(node)
+            if not counter.users:
+                module.graph.erase_node(counter)
     told = [(node, argument, value) for node in module.graph.nodes for argument, value in _arguments(node)]
     trained = [(node, argument) for node, argument, value in told if value and not _statistics_missing(node)]
     if not any(owner_types.get(node, "").startswith("torch.nn.modules.") for node, _ in trained):
