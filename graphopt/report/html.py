@@ -40,6 +40,7 @@ STYLE: Final = """
   padding:5px 12px 5px 0;white-space:nowrap;background:transparent}
 .graphopt td{text-align:left;border-bottom:1px solid var(--line);padding:5px 12px 5px 0;vertical-align:middle;
   background:transparent}
+.graphopt td>code{white-space:nowrap}
 .graphopt .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .graphopt .good{color:var(--good)}.graphopt .bad{color:var(--bad)}
 .graphopt details{margin:6px 0}.graphopt summary{cursor:pointer;color:var(--soft)}

@@ -48,11 +48,13 @@ def frozen_rows(typing: Typing) -> list[FrozenRow]:
             if leaf.frozen is not None and leaf.frozen.text == reason.text:
                 atoms[leaf] = reason.text
     flops = dict.fromkeys(places, 0)
-    for terms in typing.macs.values():
+    for node, terms in typing.macs.items():
+        read = {str(operand.target) for operand in node.all_input_nodes if operand.op == "get_attr"}
         for axes in terms:
             reasons = {atoms[leaf] for axis in axes for leaf in leaves(axis) if leaf in atoms}
-            for reason_text in reasons:
-                flops[reason_text] += 2 * prod(axis.size for axis in axes)
+            for text in reasons:
+                if read & tensors[text]:
+                    flops[text] += 2 * prod(axis.size for axis in axes)
     rows = [
         FrozenRow(
             reason=text,

@@ -184,7 +184,8 @@ class FrozenRow:
     """One reason why dimensions of parameters must stay whole.
 
     `places` are these dimensions, `nodes` the operators that demand it. `params` are the elements of those parameters,
-    `flops` the operations along those dimensions. One parameter may stand under several reasons.
+    `flops` the operations along those dimensions of the operators that read them. One parameter may stand under several
+    reasons.
     """
 
     reason: str
