@@ -58,7 +58,7 @@ class GroupTaylor:
         found = batches(context.calibration, context.typing.graph)
         for batch in islice(found, self.batches or None):
             products = self._products(context, batch, count)
-            for group, sums in slice_sums(context, products.get).items():
+            for group, sums in slice_sums(context, products).items():
                 totals[group] = totals.get(group, 0.0) + sums**2
             count += 1
         if count == 0:

@@ -31,8 +31,8 @@ class L1:
 
     def score(self, context: ScoreContext) -> Scores:
         """Return the normalised sums of absolute values."""
+        return normalize(slice_sums(context, context.parameters, _magnitudes), self.normalizer, context)
 
-        def magnitudes(name: str) -> Tensor:
-            return in_float(context.parameters[name]).abs()
 
-        return normalize(slice_sums(context, magnitudes), self.normalizer, context)
+def _magnitudes(weight: Tensor) -> Tensor:
+    return in_float(weight).abs()

@@ -32,9 +32,8 @@ class L2:
 
     def score(self, context: ScoreContext) -> Scores:
         """Return the normalised sums of squares."""
+        return normalize(slice_sums(context, context.parameters, _squares), self.normalizer, context)
 
-        def squares(name: str) -> Tensor:
-            weight = in_float(context.parameters[name])
-            return weight * weight
 
-        return normalize(slice_sums(context, squares), self.normalizer, context)
+def _squares(weight: Tensor) -> Tensor:
+    return in_float(weight).square()

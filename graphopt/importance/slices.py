@@ -11,7 +11,7 @@ under one name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +25,25 @@ __all__ = ["in_float", "reach", "slice_sums"]
 
 Floats = npt.NDArray[np.float64]
 
+CHUNK = 1 << 18
+"""How many elements are read at a time: a megabyte of float32."""
+
 
 def in_float(tensor: Tensor) -> Tensor:
     """Return the tensor detached, and in float32 where its own type is too coarse to add up in."""
     return tensor.detach().float() if tensor.element_size() < 4 else tensor.detach()
 
 
-def slice_sums(context: ScoreContext, values: Callable[[str], Tensor | None]) -> Scores:
+def slice_sums(
+    context: ScoreContext, tensors: Mapping[str, Tensor], value: Callable[[Tensor], Tensor] = in_float
+) -> Scores:
     """Return, for each index of each group, the sum of the values of the elements in its slice.
 
     Args:
         context: the groups and the parameters.
-        values: gives a tensor of a parameter's shape by the parameter's name, or None for no contribution.
+        tensors: a tensor of each parameter's shape by the parameter's name; a missing one contributes nothing.
+        value: makes the values of a tensor's elements, each of its element alone. It is applied to a few rows at a
+            time, so that what it makes stays in the processor's cache.
     """
     typing = context.typing
     sums = {group.atom: np.zeros(group.size) for group in typing.groups}
@@ -44,15 +51,15 @@ def slice_sums(context: ScoreContext, values: Callable[[str], Tensor | None]) ->
     for name in context.parameters:
         axes = typing.tensors[name]
         dims = [dim for dim, axis in enumerate(axes) if atoms[axis]]
-        found = values(name)
-        if found is None:
+        tensor = tensors.get(name)
+        if tensor is None:
             continue
-        for dim, marginal in _marginals(found, dims):
+        for dim, marginal in _marginals(tensor, dims, value):
             _project(axes[dim], marginal.double().numpy(force=True), sums)
         for i, later in enumerate(dims):
             before = frozenset().union(*(atoms[axes[d]] for d in dims[:i]))
             for atom in atoms[axes[later]] & before:
-                sums[atom] -= _counted_before(found, axes, dims[:i], later, atom)
+                sums[atom] -= _counted_before(value(tensor), axes, dims[:i], later, atom)
     return {group.name: sums[group.atom] for group in typing.groups}
 
 
@@ -94,17 +101,26 @@ class _AtomsOf:
         return found
 
 
-def _marginals(values: Tensor, dims: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Yield the sums of ``values`` over all dimensions but one, for each of ``dims``, ascending.
+def _marginals(tensor: Tensor, dims: Sequence[int], value: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the sums of the values over all dimensions but one, for each of ``dims``, ascending.
 
-    Rows are summed along contiguous memory, then folded away, so the tensor is read twice whatever its rank.
+    The first dimension is folded away as its own sums are taken, so the tensor is read once whatever its rank.
     """
-    first = 0
-    for dim in dims:
-        if dim > first:
-            values = values.reshape(-1, *values.shape[dim - first :]).sum(0)
-            first = dim
-        yield dim, values.reshape(len(values), -1).sum(1)
+    if not dims or not tensor.numel():
+        return
+    along: list[Tensor] = []
+    across: Tensor | None = None
+    for rows in tensor.split(max(1, CHUNK * len(tensor) // tensor.numel())):
+        values = value(rows)
+        if dims[0] == 0:
+            along.append(values.reshape(len(values), -1).sum(1))
+        if dims[-1] > 0:
+            across = values.sum(0) if across is None else across.add_(values.sum(0))
+    if dims[0] == 0:
+        yield 0, torch.cat(along)
+    if across is not None:
+        for dim, marginal in _marginals(across, [d - 1 for d in dims if d > 0], in_float):
+            yield dim + 1, marginal
 
 
 def _project(axis: Axis, marginal: Floats, sums: dict[Atom, Floats]) -> None:

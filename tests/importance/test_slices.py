@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from graphopt.axes.algebra import Axis, Concat, Product, atom, index_at
+from graphopt.axes.algebra import Axis, Concat, Product, Reason, atom, index_at
 from graphopt.axes.infer import Axes, Typing
 from graphopt.capture import capture
 from graphopt.dialects.aten import infer
@@ -37,7 +37,7 @@ def assert_sums_are_right(typing: Typing) -> None:
     held = ScoreContext(typing).parameters
     values = {name: torch.randn(p.shape, dtype=torch.float64) for name, p in held.items()}
     assert len({group.name for group in typing.groups}) == len(typing.groups)
-    found, expected = slice_sums(ScoreContext(typing), values.get), by_definition(typing, values)
+    found, expected = slice_sums(ScoreContext(typing), values), by_definition(typing, values)
     assert found.keys() == expected.keys()
     for group, sums in expected.items():
         assert found[group] == pytest.approx(sums, abs=1e-9), group
@@ -136,7 +136,7 @@ def test_an_element_with_one_index_along_three_dimensions_counts_once() -> None:
     a = atom(2)
     typing = typing_of({"cube.weight": (nn.Parameter(torch.ones(2, 2, 2)), (a, a, a))})
     # 8 elements, of which one has no coordinate 0 and one no coordinate 1.
-    assert slice_sums(ScoreContext(typing), lambda _: torch.ones(2, 2, 2))["cube.weight[0]"].tolist() == [7, 7]
+    assert slice_sums(ScoreContext(typing), {"cube.weight": torch.ones(2, 2, 2)})["cube.weight[0]"].tolist() == [7, 7]
 
 
 def test_buffers_do_not_count() -> None:
@@ -175,3 +175,13 @@ def test_reach_counts_layers_by_the_share_of_them_a_group_holds() -> None:
     assert found["up.weight[0]"] == pytest.approx(2)
     assert found["down.weight[0]"] == pytest.approx(0.25 + 0.25)
     assert found["last.weight[0]"] == pytest.approx(1)
+
+
+def test_a_large_parameter_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = atom(50), atom(7)
+    weight = torch.randn(50, 7, 3, dtype=torch.float64)
+    typing = typing_of({"w.weight": (nn.Parameter(weight), (rows, columns, atom(3, Reason("fixed", "test"))))})
+    monkeypatch.setattr("graphopt.importance.slices.CHUNK", 100)
+    scores = L2("none").score(ScoreContext(typing))
+    assert scores["w.weight[0]"] == pytest.approx((weight**2).sum((1, 2)).numpy())
+    assert scores["w.weight[1]"] == pytest.approx((weight**2).sum((0, 2)).numpy())
