@@ -192,6 +192,16 @@ def paired(axis: Axis) -> set[Atom]:
     return found
 
 
+def multiplicity(axis: Axis, wanted: Atom) -> int:
+    """Return how many indices of ``wanted`` a position of ``axis`` may have."""
+    if isinstance(axis, Atom):
+        return multiplicity(axis.bound, wanted) if axis.bound is not None else int(axis is wanted)
+    if isinstance(axis, Concat):
+        return max((multiplicity(p, wanted) for p in axis.parts), default=0)
+    assert isinstance(axis, Product)
+    return sum(multiplicity(f, wanted) for f in axis.factors)
+
+
 def freeze(axis: Axis, reason: Reason) -> None:
     """Mark every atom of ``axis`` as one that must stay whole; the first reason stays."""
     for leaf in leaves(axis):

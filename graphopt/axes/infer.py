@@ -24,7 +24,11 @@ Axes = tuple[Axis, ...]
 Value = Axes | list["Value"] | None
 Atoms = frozenset[Atom]
 
+Faces = frozenset[tuple[Atom, int]]
+"""An atom and a dimension: the entries of a value whose index of that atom, in that dimension, is removed."""
+
 NO_ATOMS: Atoms = frozenset()
+NO_FACES: Faces = frozenset()
 KERNEL = "a kernel's extent"
 
 
@@ -200,6 +204,9 @@ class Typer:
 class Zeros:
     """Answer which atoms' removed indices are zero in a value once their parameters are zero.
 
+    An atom may stand in several dimensions of a value. It *vanishes* where the value is zero as soon as the index in
+    one of them is removed; an outer product of a vector that vanishes with one that does not is zero at one *face*.
+
     A weightless sum (attention scores, a channel sum) is exact under removal only where the summed entries vanish;
     where they do not, the sum renormalises. The answer is sound, not complete.
     """
@@ -232,27 +239,49 @@ class Zeros:
         """Take back that these atoms vanish in a value: a later node wrote into its memory."""
         self._known[node] = self[node] - atoms
 
-    def every(self, *operands: Any) -> Atoms:
-        """Combine as sums do: zero where every operand is; absent operands do not count."""
-        present = [self._set(o) for o in operands if o is not None]
-        return frozenset.intersection(*present) if present else NO_ATOMS
+    def at(self, node: fx.Node, operand: Any, dims: Sequence[int | None] | None = None) -> Faces:
+        """Return at which faces of ``node`` an operand is zero; a number or an absent operand is at none.
 
-    def some(self, *operands: Any) -> Atoms:
-        """Combine as products do: zero where any operand is."""
-        return NO_ATOMS.union(*(self._set(o) for o in operands if o is not None))
+        ``dims`` says where each dimension of the operand stands in the result, None where it is summed over; without it
+        dimensions are aligned from the last.
+        """
+        atoms = self[operand]
+        if not atoms:
+            return NO_FACES
+        source, result = self.axes(operand), self.axes(node)
+        if dims is None:
+            dims = range(len(result) - len(source), len(result))
+        return frozenset(
+            (leaf, d)
+            for axis, d in zip(source, dims, strict=True)
+            if d is not None
+            for leaf in dict.fromkeys(leaves(axis))
+            if leaf in atoms and _as_often(leaf, axis, result[d])
+        )
+
+    def where(self, node: fx.Node, faces: Faces) -> Atoms:
+        """Return the atoms that vanish in ``node`` when it is zero at these faces: those it is at all faces of."""
+        axes = self.axes(node)
+        found = {leaf for leaf, _ in faces}
+        return frozenset(found - {leaf for d, a in enumerate(axes) for leaf in leaves(a) if (leaf, d) not in faces})
+
+    def every(self, node: fx.Node, *operands: Any) -> Atoms:
+        """Combine as a broadcast sum does: zero where every operand is; absent operands do not count."""
+        present = [self.at(node, o) for o in operands if o is not None]
+        return self.where(node, frozenset.intersection(*present)) if present else NO_ATOMS
+
+    def some(self, node: fx.Node, *operands: Any) -> Atoms:
+        """Combine as a broadcast product does: zero where any operand is."""
+        return self.where(node, NO_FACES.union(*(self.at(node, o) for o in operands)))
 
     def joined(self, operands: Sequence[Any]) -> Atoms:
         """Combine as concatenations do: zero where every operand that has the atom is."""
         atoms = NO_ATOMS.union(*(self.atoms(o) for o in operands))
         return frozenset(a for a in atoms if all(a in self[o] for o in operands if a in self.atoms(o)))
 
-    def outside(self, node: Any, dims: Iterable[int]) -> Atoms:
-        """Return the atoms that vanish in ``node`` and do not occur in ``dims``."""
-        axes = self.axes(node)
-        return self[node] - frozenset(leaf for d in dims for leaf in leaves(axes[d]))
 
-    def _set(self, operand: Any) -> Atoms:
-        return operand if isinstance(operand, frozenset) else self[operand]
+def _as_often(leaf: Atom, axis: Axis, other: Axis) -> bool:
+    return axis is other or algebra.multiplicity(axis, leaf) == algebra.multiplicity(other, leaf)
 
 
 @dataclass(slots=True)
@@ -494,7 +523,7 @@ def _normalising(
     if sums:
         zeros = _zeros(typer, operators, values, free)
         for node, operands, atoms in sums:
-            exposed = atoms - zeros.some(*operands)
+            exposed = atoms.difference(*(zeros[o] for o in operands))
             if exposed:
                 found[node] = found.get(node, NO_ATOMS) | exposed
     return found

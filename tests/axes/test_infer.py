@@ -83,6 +83,34 @@ def test_every_letter_of_an_einsum_is_asked_for() -> None:
     assert not normalised(SummedTwice("bi,bi->b"), x)["first.weight[0]"]
 
 
+def test_a_zero_at_one_face_is_not_zero_at_the_other() -> None:
+    """Products of a vector that vanishes with one that does not, on the same indices."""
+
+    def zero(y: Tensor) -> tuple[Tensor, Tensor]:
+        return y.mean(1), y.mean(1).sigmoid()
+
+    def outer(y: Tensor) -> Tensor:
+        a, b = zero(y)
+        return (a[:, :, None] * b[:, None, :]).square().sum((1, 2))
+
+    def outer_sum(y: Tensor) -> Tensor:
+        a, _ = zero(y)
+        return (a[:, :, None] + a[:, None, :]).square().sum((1, 2))
+
+    def matrix(y: Tensor) -> Tensor:
+        a, b = zero(y)
+        return (torch.bmm(b[:, :, None], a[:, None, :]) @ b[:, :, None]).square().sum((1, 2))
+
+    def spread(y: Tensor) -> Tensor:
+        a, _ = zero(y)
+        wide = a[:, :, None].expand(-1, -1, a.shape[1])
+        return (wide * a.exp()[:, None, :]).square().sum((1, 2))
+
+    assert kinds(lambda y: (y.mean(1)[:, :, None] * y.mean(1)[:, None, :]).square().sum((1, 2)))[1] == "exact"
+    for function in (outer, outer_sum, matrix, spread):
+        assert kinds(function)[1] == "normalised"
+
+
 class WrittenThroughViews(nn.Module):
     """Write into memory that other values see: zeros that do not stay zero."""
 

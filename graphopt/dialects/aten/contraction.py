@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from graphopt.axes.algebra import ONE
-from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.infer import NO_FACES, Atoms, Faces, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import Contraction, attention, broadcast, convolution, einsum, linear, matmul
 from graphopt.dialects.aten.common import operands, optional, table
 from graphopt.graph import Call, spec_of
@@ -24,11 +24,28 @@ def _linear(t: Typer, call: Call) -> Value:
 
 
 def _zeros_of_linear(z: Zeros, call: Call) -> Atoms:
-    return z.every(z.some(call["input"], call["weight"]), call["bias"])
+    node, places = call.node, range(len(z.axes(call["input"])) - 1)
+    last = len(z.axes(node)) - 1
+    weight = (last, None) if len(z.axes(call["weight"])) == 2 else (None,)
+    found = z.at(node, call["input"], (*places, None)) | z.at(node, call["weight"], weight)
+    return z.where(node, found if call["bias"] is None else found & z.at(node, call["bias"]))
+
+
+def _zeros_of_convolution(z: Zeros, call: Call) -> Atoms:
+    node, rank, extents = call.node, len(z.axes(call.node)), len(z.axes(call["weight"])) - 2
+    channel = rank - extents - 1
+    # The rows of a transposed weight are its groups, which stay, and channels, which are summed over.
+    rows = (channel if call["groups"] > 1 else None, channel) if _is_transposed(call) else (channel, None)
+    found = z.at(node, call["weight"], (*rows, *[None] * extents))
+    found |= z.at(node, call["input"], [None if d == channel else d for d in range(rank)])
+    return z.where(node, found if call["bias"] is None else found & z.at(node, call["bias"], (channel,)))
+
+
+def _is_transposed(call: Call) -> bool:
+    return bool(call["transposed"]) if call.has("transposed") else "transpose" in call.name
 
 
 def _convolution(t: Typer, call: Call) -> Value:
-    transposed = bool(call["transposed"]) if call.has("transposed") else "transpose" in call.name
     found = convolution(
         t,
         t[call["input"]],
@@ -36,7 +53,7 @@ def _convolution(t: Typer, call: Call) -> Value:
         optional(t, call["bias"]),
         t.shape(),
         groups=call["groups"],
-        transposed=transposed,
+        transposed=_is_transposed(call),
         moves=_moves(call),
     )
     t.facts[call.node] = found.groups
@@ -68,7 +85,15 @@ def _matmul(t: Typer, call: Call) -> Value:
 
 
 def _zeros_of_matmul(z: Zeros, call: Call) -> Atoms:
-    return z.some(*operands(call))
+    return z.where(call.node, _faces_of_matmul(z, call.node, *operands(call)))
+
+
+def _faces_of_matmul(z: Zeros, node: fx.Node, first: fx.Node, second: fx.Node) -> Faces:
+    rank, left, right = len(z.axes(node)), len(z.axes(first)), len(z.axes(second))
+    batch = rank - (left > 1) - (right > 1)
+    rows = (*range(batch - max(left - 2, 0), batch), *([batch] if left > 1 else []), None)
+    columns = (*range(batch - max(right - 2, 0), batch), None, *([rank - 1] if right > 1 else []))
+    return z.at(node, first, rows) | z.at(node, second, columns)
 
 
 def _addmm(t: Typer, call: Call) -> Value:
@@ -80,7 +105,7 @@ def _addmm(t: Typer, call: Call) -> Value:
 
 def _zeros_of_addmm(z: Zeros, call: Call) -> Atoms:
     bias, first, second = operands(call)
-    return z.every(bias, z.some(first, second))
+    return z.where(call.node, z.at(call.node, bias) & _faces_of_matmul(z, call.node, first, second))
 
 
 def _einsum(t: Typer, call: Call) -> Value:
@@ -93,7 +118,13 @@ def _einsum(t: Typer, call: Call) -> Value:
 
 
 def _zeros_of_einsum(z: Zeros, call: Call) -> Atoms:
-    return z.some(*call["tensors"])
+    tensors = call["tensors"]
+    contraction = Contraction.parse(call["equation"], [len(z.axes(n)) for n in tensors])
+    found = NO_FACES
+    for tensor, term in zip(tensors, contraction.terms, strict=True):
+        places = (contraction.result.find(letter) for letter in term)
+        found |= z.at(call.node, tensor, [place if place >= 0 else None for place in places])
+    return z.where(call.node, found)
 
 
 def _attention(t: Typer, call: Call) -> Value:
@@ -102,6 +133,12 @@ def _attention(t: Typer, call: Call) -> Value:
     if call["is_causal"]:
         t.freeze(q[-2], "causal attention over it")
     return attention(t, q, k, v, optional(t, call["attn_mask"]), grouped=bool(call["enable_gqa"]))
+
+
+def _zeros_of_attention(z: Zeros, call: Call) -> Atoms:
+    """Zero where the values are: in their batch, heads and width."""
+    rank, own = len(z.axes(call.node)), len(z.axes(call["value"]))
+    return z.where(call.node, z.at(call.node, call["value"], (*range(rank - own, rank - 2), None, rank - 1)))
 
 
 def _resize_attention(r: Resizer, call: Call) -> None:
@@ -114,6 +151,11 @@ def _resize_attention(r: Resizer, call: Call) -> None:
 def _outer(t: Typer, call: Call) -> Value:
     a, b = operands(call)
     return (*t[a], *t[b])
+
+
+def _zeros_of_outer(z: Zeros, call: Call) -> Atoms:
+    a, b = operands(call)
+    return z.where(call.node, z.at(call.node, a, (0,)) | z.at(call.node, b, (1,)))
 
 
 def _bilinear(t: Typer, call: Call) -> Value:
@@ -130,6 +172,14 @@ def _bilinear(t: Typer, call: Call) -> Value:
     return (*batch, weight[0])
 
 
+def _zeros_of_bilinear(z: Zeros, call: Call) -> Atoms:
+    rank = len(z.axes(call.node))
+    found = z.at(call.node, call["weight"], (rank - 1, None, None))
+    for name in ("input1", "input2"):
+        found |= z.at(call.node, call[name], (*range(rank - 1), None))
+    return z.where(call.node, found if call["bias"] is None else found & z.at(call.node, call["bias"]))
+
+
 def _grouped_mm(t: Typer, call: Call) -> Value:
     """Rows sorted by expert times that expert's matrix: ``x (s, k)``, ``weight (experts, k, n)`` -> ``(s, n)``."""
     x, weight, offsets = (t[n] for n in operands(call)[:3])
@@ -138,6 +188,13 @@ def _grouped_mm(t: Typer, call: Call) -> Value:
     t.unify(x[-1], weight[-2])
     t.multiply(x[0], weight[-2], weight[-1])
     return (*x[:-1], weight[-1])
+
+
+def _zeros_of_grouped_mm(z: Zeros, call: Call) -> Atoms:
+    x, weight = operands(call)[:2]
+    rank = len(z.axes(call.node))
+    found = z.at(call.node, x, (*range(rank - 1), None))
+    return z.where(call.node, found | z.at(call.node, weight, (None, None, rank - 1)))
 
 
 def _recurrent(t: Typer, call: Call) -> Value:
@@ -158,7 +215,7 @@ def _recurrent(t: Typer, call: Call) -> Value:
     return [t.opaque(s.shape, why) for s in spec]  # type: ignore[union-attr]
 
 
-_CONV = Operator(_convolution, _zeros_of_linear, _resize_convolution)
+_CONV = Operator(_convolution, _zeros_of_convolution, _resize_convolution)
 _PRODUCT = Operator(_matmul, _zeros_of_matmul)
 _SUM_OF_PRODUCT = Operator(_addmm, _zeros_of_addmm)
 _RECURRENT = Operator(_recurrent)
@@ -173,16 +230,14 @@ OPERATORS: dict[Any, Operator] = {
     ),
     **table(_SUM_OF_PRODUCT, "addmm.default", "baddbmm.default", "addbmm.default", "addmv.default"),
     aten.einsum.default: Operator(_einsum, _zeros_of_einsum),
-    aten.scaled_dot_product_attention.default: Operator(
-        _attention, lambda z, call: z[call["value"]], _resize_attention
-    ),
-    **table(Operator(_outer, _zeros_of_matmul), "outer.default", "ger.default"),
-    aten.bilinear.default: Operator(_bilinear, lambda z, call: z.every(call["weight"], call["bias"])),
+    aten.scaled_dot_product_attention.default: Operator(_attention, _zeros_of_attention, _resize_attention),
+    **table(Operator(_outer, _zeros_of_outer), "outer.default", "ger.default"),
+    aten.bilinear.default: Operator(_bilinear, _zeros_of_bilinear),
     **table(_RECURRENT, "lstm.input", "lstm.data", "gru.input", "gru.data", "rnn_tanh.input", "rnn_relu.input"),
     **table(_RECURRENT, "rnn_tanh.data", "rnn_relu.data"),
 }
 
-_GROUPED = Operator(_grouped_mm, lambda z, call: z.some(*operands(call)[:2]))
+_GROUPED = Operator(_grouped_mm, _zeros_of_grouped_mm)
 
 
 def late_operators() -> dict[Any, Operator]:

@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 def _zeros_of_product(z: Zeros, call: Call) -> Atoms:
-    return z.some(*operands(call))
+    return z.some(call.node, *operands(call))
 
 
 def _zeros_of_sum(z: Zeros, call: Call) -> Atoms:
@@ -22,23 +22,23 @@ def _zeros_of_sum(z: Zeros, call: Call) -> Atoms:
     for value in call.node.args[:2]:
         if not is_tensor(value) and value != 0:
             return NO_ATOMS
-    return z.every(*operands(call))
+    return z.every(call.node, *operands(call))
 
 
 def _zeros_of_every(z: Zeros, call: Call) -> Atoms:
-    return z.every(*operands(call))
+    return z.every(call.node, *operands(call))
 
 
 def _zeros_of_where(z: Zeros, call: Call) -> Atoms:
     chosen = [call["self"], call["other"]]
     if any(not is_tensor(c) and c != 0 for c in chosen):
         return NO_ATOMS
-    return z.every(*(c for c in chosen if is_tensor(c)))
+    return z.every(call.node, *(c for c in chosen if is_tensor(c)))
 
 
 def _zeros_of_fill(z: Zeros, call: Call) -> Atoms:
     value = call["value"]
-    return z[call["self"]] if value == 0 else NO_ATOMS
+    return z.some(call.node, call["self"]) if value == 0 else NO_ATOMS
 
 
 def _zeros_of_power(z: Zeros, call: Call) -> Atoms:
@@ -68,15 +68,17 @@ def _prelu(t: Typer, call: Call) -> Value:
 def _zeros_of_quotient(z: Zeros, call: Call) -> Atoms:
     """0 / x is zero, unless x is zero too."""
     dividend, divisor = call.node.args[:2]
-    return z[dividend] - z[divisor]
+    return z.where(call.node, z.at(call.node, dividend) - z.at(call.node, divisor))
 
 
 def _zeros_of_addcmul(z: Zeros, call: Call) -> Atoms:
-    return z.every(z[call["self"]], z.some(call["tensor1"], call["tensor2"]))
+    product = z.at(call.node, call["tensor1"]) | z.at(call.node, call["tensor2"])
+    return z.where(call.node, z.at(call.node, call["self"]) & product)
 
 
 def _zeros_of_addcdiv(z: Zeros, call: Call) -> Atoms:
-    return z.every(z[call["self"]], z[call["tensor1"]] - z[call["tensor2"]])
+    quotient = z.at(call.node, call["tensor1"]) - z.at(call.node, call["tensor2"])
+    return z.where(call.node, z.at(call.node, call["self"]) & quotient)
 
 
 def _lerp(t: Typer, call: Call) -> Value:

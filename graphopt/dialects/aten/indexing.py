@@ -108,11 +108,12 @@ def _scatter(t: Typer, call: Call) -> Value:
 
 
 def _zeros_of_scatter(z: Zeros, call: Call) -> Atoms:
-    return z.every(call["self"], call["src"])
+    return z[call["self"]] & z[call["src"]]
 
 
 def _zeros_of_embedding(z: Zeros, call: Call) -> Atoms:
-    return z[call["weight"]]
+    rank = len(z.axes(call.node))
+    return z.where(call.node, z.at(call.node, call["weight"], (None, rank - 1)))
 
 
 def _opaque(why: str) -> Operator:

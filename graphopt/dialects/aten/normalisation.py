@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from graphopt.axes.algebra import Axis, leaves
-from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.infer import Atoms, Faces, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast
 from graphopt.dialects.aten.common import dims_of, optional, table
 from graphopt.graph import Call
@@ -36,11 +37,26 @@ def _measured_dims(call: Call, rank: int) -> list[int]:
 
 
 def _zeros_of_batch_norm(z: Zeros, call: Call) -> Atoms:
-    centred = z.outside(call["input"], _measured_dims(call, len(z.axes(call["input"]))))
+    node, x = call.node, call["input"]
+    dims = _measured_dims(call, len(z.axes(x)))
+    centred = _outside(z, call, dims)
     if call["running_mean"] is not None:
-        centred = z.every(centred, call["running_mean"])
-    scaled = z.some(centred, call["weight"])
-    return z.every(scaled, call["bias"])
+        centred &= z.at(node, call["running_mean"], (1,))
+    return z.where(node, _scaled(z, call, centred, (1,)))
+
+
+def _outside(z: Zeros, call: Call, dims: Iterable[int]) -> Faces:
+    """Return where the input is zero, but for the atoms of the dimensions that are normalised over."""
+    axes = z.axes(call["input"])
+    measured = {leaf for d in dims for leaf in leaves(axes[d])}
+    return frozenset(face for face in z.at(call.node, call["input"]) if face[0] not in measured)
+
+
+def _scaled(z: Zeros, call: Call, faces: Faces, dims: Sequence[int] | None) -> Faces:
+    """Return where the result is zero, when scaled by a weight and shifted by a bias of these dimensions."""
+    found = faces | z.at(call.node, call["weight"], dims)
+    bias = call["bias"] if call.has("bias") else None
+    return found if bias is None else found & z.at(call.node, bias, dims)
 
 
 def _layer_norm(t: Typer, call: Call) -> Value:
@@ -57,10 +73,9 @@ def _layer_norm(t: Typer, call: Call) -> Value:
 
 
 def _zeros_of_layer_norm(z: Zeros, call: Call) -> Atoms:
-    rank = len(call["normalized_shape"])
-    dims = [-d for d in range(1, rank + 1)]
-    scaled = z.some(z.outside(call["input"], dims), call["weight"])
-    return z.every(scaled, call["bias"] if call.has("bias") else None)
+    rank = len(z.axes(call["input"]))
+    found = _outside(z, call, range(rank - len(call["normalized_shape"]), rank))
+    return z.where(call.node, _scaled(z, call, found, None))
 
 
 def _resize_layer_norm(r: Resizer, call: Call) -> None:
@@ -84,10 +99,10 @@ def _group_norm(t: Typer, call: Call) -> Value:
 
 
 def _zeros_of_group_norm(z: Zeros, call: Call) -> Atoms:
-    channels: Axis = z.axes(call["input"])[1]
-    inside = _inner_atoms(channels, call["num_groups"])
-    scaled = z.some(z.outside(call["input"], range(2, len(z.axes(call["input"])))) - inside, call["weight"])
-    return z.every(scaled, call["bias"])
+    axes = z.axes(call["input"])
+    inside = _inner_atoms(axes[1], call["num_groups"])
+    found = frozenset(face for face in _outside(z, call, range(2, len(axes))) if face[0] not in inside)
+    return z.where(call.node, _scaled(z, call, found, (1,)))
 
 
 def _inner_atoms(channels: Axis, groups: int) -> Atoms:

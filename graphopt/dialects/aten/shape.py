@@ -113,6 +113,11 @@ def _resize_expand(r: Resizer, call: Call) -> None:
     call["size"] = r.entries(call, call["size"], r.axes(call.node))
 
 
+def _zeros_of_spread(z: Zeros, call: Call) -> Atoms:
+    """Zero where the source is; what it was spread along may hold its indices, too."""
+    return z.some(call.node, call["self"])
+
+
 def _expand_as(t: Typer, call: Call) -> Value:
     x, other = t[call["self"]], t[call["other"]]
     padded = (ONE,) * (len(other) - len(x)) + x
@@ -453,11 +458,11 @@ OPERATORS: dict[Any, Operator] = {
     **table(Operator(_move, zeros_of_first), "movedim.intlist", "movedim.int", "moveaxis.int", "moveaxis.intlist"),
     **table(Operator(_unsqueeze, zeros_of_first), "unsqueeze.default", "unsqueeze_.default"),
     **table(Operator(_squeeze, zeros_of_first), "squeeze.default", "squeeze.dim", "squeeze.dims", "squeeze_.dim"),
-    aten.expand.default: Operator(_expand, zeros_of_first, _resize_expand),
-    aten.expand_as.default: Operator(_expand_as, zeros_of_first),
-    aten.broadcast_to.default: Operator(_expand, zeros_of_first, _resize_expand),
-    aten.repeat.default: Operator(_repeat, zeros_of_first, _resize_repeat),
-    aten.repeat_interleave.self_int: Operator(_repeat_interleave, zeros_of_first, _resize_repeat_interleave),
+    aten.expand.default: Operator(_expand, _zeros_of_spread, _resize_expand),
+    aten.expand_as.default: Operator(_expand_as, _zeros_of_spread),
+    aten.broadcast_to.default: Operator(_expand, _zeros_of_spread, _resize_expand),
+    aten.repeat.default: Operator(_repeat, _zeros_of_spread, _resize_repeat),
+    aten.repeat_interleave.self_int: Operator(_repeat_interleave, _zeros_of_spread, _resize_repeat_interleave),
     **table(Operator(_cat, _zeros_of_cat), "cat.default", "concat.default", "concatenate.default"),
     aten.stack.default: Operator(_stack, _zeros_of_cat),
     **table(
