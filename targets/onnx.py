@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from graphopt.errors import LoweringError, UnsupportedOperatorError
+from graphopt.errors import LoweringError, UnsupportedOperatorError, VerificationError
 from graphopt.graph import Graph
 from graphopt.targets import program as programs
 from graphopt.targets.base import Check, Lowered, Target, require, staged
-from graphopt.targets.lowering.storage import embed, write
+from graphopt.targets.lowering.storage import EMBEDDED_LIMIT, embed, write
 from graphopt.targets.lowering.translate import Translated, translate
 from graphopt.verify import flatten_inputs
 
@@ -40,7 +40,7 @@ class OnnxTarget(Target):
         require("onnx", extra="onnx", purpose="writing an ONNX file")
         translated = _translated(graph)
         with staged(directory) if directory is not None else _temporary() as stage:
-            write(translated.skeleton, translated.weights, stage / FILE)
+            write(translated.skeleton, translated.weights, stage / FILE, limit=EMBEDDED_LIMIT)
             _check_file(stage / FILE)
             checks, notes = self._run(graph, translated, stage / FILE)
         return Lowered(
@@ -104,11 +104,20 @@ def runner(graph: Graph, translated: Translated, path: Path) -> Callable[[progra
     except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise _NoKernelError(str(error)) from error
 
+    failures = onnxruntime.capi.onnxruntime_pybind11_state
+
     def run(inputs: programs.Inputs) -> list[Any]:
         flat = flatten_inputs(graph.module, *inputs)
         feeds = {name: flat[position].detach().cpu().numpy() for position, name in translated.inputs.items()}
         names = [translated.outputs[position] for position in sorted(translated.outputs)]
-        arrays = session.run(names, feeds)
+        try:
+            arrays = session.run(names, feeds)
+        except (failures.Fail, failures.InvalidArgument, failures.RuntimeException) as error:
+            shapes = {name: list(array.shape) for name, array in feeds.items()}
+            raise VerificationError(
+                f"the ONNX file does not run in ONNX Runtime on inputs of shape {shapes}, which the graph accepts: {error}. "
+                "Nothing was written: please report the model"
+            ) from error
         return [torch.from_numpy(array) for array in arrays]
 
     return run

@@ -150,6 +150,9 @@ def compare(
     Raises:
         VerificationError: if an output is further off than round-off explains.
     """
+    types = [(a.dtype, b.dtype) for a, b in zip(expected, found, strict=True) if isinstance(a, torch.Tensor)]
+    if any(a != b for a, b in types):
+        raise VerificationError(f"what was written for {runtime} returns other types than the graph ({name}): {types}")
     done = Check(runtime, name, difference(expected, found, double=False))
     if not done.difference.equal:
         exact = _select(evaluate(graph, *inputs, double=True), positions)

@@ -45,7 +45,7 @@ def functionalise(graph: Graph) -> list[str]:
             # Only memory itself can tell whether a reshape or a conversion copied.
             owners = memory(graph, flatten_inputs(graph.module, *graph.example_inputs))
         new = _functional(graph, node)
-        _rewrite_readers(graph, node, target, new, others, owners or {}, order)
+        _rewrite_readers(graph, node, target, new, others, {} if owners is None else owners, order)
         start = _root(target)
         if start.op in ("get_attr", "placeholder"):
             what = f"the model's tensor {start.target}" if start.op == "get_attr" else f"the input {start.name}"
@@ -98,48 +98,42 @@ def _rewrite_readers(
     owners: dict[fx.Node, int],
     order: dict[fx.Node, int],
 ) -> None:
+    """Let everyone who reads the written memory after ``node`` read the new value, and take ``node`` out."""
     sharing = [m for m in others if owners.get(m) == owners.get(target) and isinstance(m.meta.get(SPEC), TensorSpec)]
+    replaced = {target: new}
+    if target in owners:
+        owners[new] = owners[target]
+    if sharing:
+        # All of them become views of one new value, so that later writes through any of them reach the others.
+        whole, value = _write_back(graph, node, target, new, owners)
+        replaced = {whole: value}
+        for member in sorted([*sharing, target], key=order.__getitem__):
+            owners[_take_again(graph, node, member, replaced)] = owners[member]
 
     def later(user: fx.Node) -> bool:
-        return user is not new and order.get(user, -1) > order[node]
+        return order.get(user, -1) > order[node]
 
-    replaced = {target: new}
-    if sharing:
-        _write_back(graph, node, target, new, owners, replaced)
-        for member in sorted(sharing, key=order.__getitem__):
-            _take_again(graph, node, member, replaced)
-    for old, value in replaced.items():
-        if old is not target and old not in sharing:
-            continue
-        old.replace_all_uses_with(value, delete_user_cb=later, propagate_meta=False)
-    node.replace_all_uses_with(new, propagate_meta=False)
+    node.replace_all_uses_with(replaced[target], propagate_meta=False)
+    for old in (target, *sharing):
+        old.replace_all_uses_with(replaced[old], delete_user_cb=later, propagate_meta=False)
     graph.module.graph.erase_node(node)
 
 
 def _write_back(
-    graph: Graph,
-    node: fx.Node,
-    target: fx.Node,
-    new: fx.Node,
-    owners: dict[fx.Node, int],
-    replaced: dict[fx.Node, fx.Node],
-) -> None:
-    """Compute the new value of everything that ``target`` is a view of."""
+    graph: Graph, node: fx.Node, target: fx.Node, new: fx.Node, owners: dict[fx.Node, int]
+) -> tuple[fx.Node, fx.Node]:
+    """Climb from ``target`` to the value whose memory it lies in; return that value, and what it is after the write."""
     view, value = target, new
     while (before := source(view)) is not None:
-        if before.meta.get(SPEC) is not None and not isinstance(before.meta[SPEC], TensorSpec):
-            whole = source(before)
-            assert whole is not None
-            if owners.get(whole) != owners.get(target):
-                return
-            value = _insert(graph, node, *_undo_part(view, before, whole, value), like=whole)
-            view = whole
-        else:
-            if owners.get(before) != owners.get(target):
-                return
-            value = _insert(graph, node, *_undo(view, before, value), like=before)
-            view = before
-        replaced[view] = value
+        part = not isinstance(before.meta.get(SPEC), TensorSpec)
+        whole = source(before) if part else before
+        if whole is None or owners.get(whole) != owners.get(target):
+            break
+        undone = _undo_part(view, before, whole, value) if part else _undo(view, whole, value)
+        value = _insert(graph, node, *undone, like=whole)
+        owners[value] = owners[whole]
+        view = whole
+    return view, value
 
 
 def _insert(graph: Graph, before: fx.Node, target: Any, args: tuple[Any, ...], *, like: fx.Node) -> fx.Node:

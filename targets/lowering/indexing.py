@@ -11,7 +11,7 @@ from graphopt.dialects.aten.common import overloads
 from graphopt.errors import UnsupportedOperatorError
 from graphopt.graph import Call, TensorSpec, tensor_spec
 from graphopt.targets.lowering.elementwise import Translation
-from graphopt.targets.lowering.emitter import Emitter, Value, out_spec
+from graphopt.targets.lowering.emitter import MAXIMUM, Emitter, Value, out_spec
 
 aten = torch.ops.aten
 
@@ -165,30 +165,30 @@ def _write_slice(e: Emitter, call: Call) -> Value:
     """Translate ``x`` with a range of one dimension replaced: what is before, the source, what is after."""
     spec = call.spec("self")
     dim = call["dim"] % len(spec.shape)
-    if spec.dynamic[dim] or any(isinstance(call[n], fx.Node) for n in ("start", "end")):
-        raise UnsupportedOperatorError("a write to a range whose bounds depend on the inputs")
-    size = spec.shape[dim]
-    start, stop, _ = slice(call["start"], call["end"]).indices(size)
     x, source = e[call["self"]], e.operand(call["src"], spec.dtype)
-    places = torch.arange(start, stop, call["step"])
+    start = 0 if call["start"] is None else call["start"]
+    stop = MAXIMUM if call["end"] is None else call["end"]
     if call["step"] != 1:
-        return _at_positions(e, x, source, dim, len(spec.shape), places)
+        if spec.dynamic[dim]:
+            raise UnsupportedOperatorError("a write in steps to a dimension whose size depends on the inputs")
+        first, last, step = slice(start, stop, call["step"]).indices(spec.shape[dim])
+        return _at_positions(e, x, source, dim, len(spec.shape), torch.arange(first, last, step))
+    reaches_end = isinstance(stop, int) and (stop == MAXIMUM or (not spec.dynamic[dim] and stop >= spec.shape[dim]))
     parts = [
-        *([e.slice(x, dim, 0, start)] if start > 0 else []),
+        *([] if isinstance(start, int) and start == 0 else [e.slice(x, dim, 0, start)]),
         source,
-        *([e.slice(x, dim, stop, size)] if stop < size else []),
+        *([] if reaches_end else [e.slice(x, dim, stop, MAXIMUM)]),
     ]
     return parts[0] if len(parts) == 1 else e("Concat", *parts, axis=dim)
 
 
 def _write_row(e: Emitter, call: Call) -> Value:
     spec = call.spec("self")
-    dim = call["dim"] % len(spec.shape)
-    if spec.dynamic[dim]:
-        raise UnsupportedOperatorError("a write to a dimension whose size depends on the inputs")
-    place = torch.tensor([call["index"] % spec.shape[dim]])
+    dim, index = call["dim"] % len(spec.shape), call["index"]
+    if not isinstance(index, int):
+        raise UnsupportedOperatorError("a write to a row whose position depends on the inputs")
     source = e.unsqueeze(e.operand(call["src"], spec.dtype), dim)
-    return _at_positions(e, e[call["self"]], source, dim, len(spec.shape), place)
+    return _at_positions(e, e[call["self"]], source, dim, len(spec.shape), torch.tensor([index]))
 
 
 def _at_positions(e: Emitter, x: str, source: str, dim: int, rank: int, places: torch.Tensor) -> str:

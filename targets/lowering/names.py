@@ -29,7 +29,7 @@ def input_names(graph: Graph) -> list[str]:
 
 
 def output_names(graph: Graph, count: int) -> list[str]:
-    """Return a name for each flattened output: its key or field, then the way into it; else ``output_1``, by position."""
+    """Return a name for each flattened output: its key or field, then the way into it; else its position."""
     info = _info(graph)
     if info is None or info.out_spec is None or info.out_spec.num_leaves != count:
         return ["output" if count == 1 else f"output_{i}" for i in range(count)]

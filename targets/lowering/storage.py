@@ -48,7 +48,10 @@ def embed(skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> onn
 def write(
     skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor], path: Path, *, limit: int = EMBEDDED_LIMIT
 ) -> list[Path]:
-    """Write a model, and beside it ``<name>.data`` if its weights take more than ``limit`` bytes; return the files."""
+    """Write a model, and beside it ``<name>.data`` if its weights take more than ``limit`` bytes; return the files.
+
+    Weights of less than a kilobyte stay in the model: runtimes read shapes from them when they load it.
+    """
     import onnx
 
     if weight_bytes(weights) <= limit:
