@@ -104,7 +104,8 @@ def _checked(typing: Typing, keep: Mapping[Atom, Indices]) -> dict[Atom, Indices
         given = np.asarray(indices)
         if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
             raise PassError(
-                f"the keep set of {group.name} must be a row of indices within 0..{group.size - 1}; found {given.dtype} "
+                f"the keep set of {group.name} must be a row of indices within 0..{group.size - 1}; "
+                f"found {given.dtype} "
                 f"entries of shape {given.shape}: of a mask pass numpy.flatnonzero(mask), of a number of indices which"
             )
         kept = given.astype(np.int64)

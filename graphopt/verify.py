@@ -8,7 +8,7 @@ indices' parameters set to zero; where an operator normalises over them, what it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,15 @@ class Difference:
 
     def __str__(self) -> str:
         bits = str(self.precision).removeprefix("torch.")
-        return f"relative difference {self.relative:.1e} in output {self.output} ({bits}, allowed {TOLERANCE[self.precision]:.0e})"
+        allowed = TOLERANCE[self.precision]
+        return f"relative difference {self.relative:.1e} in output {self.output} ({bits}, allowed {allowed:.0e})"
 
 
 def masked_equivalence(
-    typing: Typing, keep: Mapping[Atom, Indices], pruned: Graph, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    typing: Typing,
+    keep: Mapping[Atom, Indices],
+    pruned: Graph,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
 ) -> Difference:
     """Compare ``pruned`` with the typed graph whose removed indices are masked.
 
@@ -71,7 +75,11 @@ def masked_equivalence(
 
 
 def equivalence(
-    before: Graph, after: Graph, inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None, *, double: bool | None = None
+    before: Graph,
+    after: Graph,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    *,
+    double: bool | None = None,
 ) -> Difference:
     """Compare two graphs that must compute the same."""
     args, kwargs = inputs or before.example_inputs
@@ -84,7 +92,12 @@ def equivalence(
 
 
 def _masked_difference(
-    typing: Typing, keep: Mapping[Atom, Indices], pruned: Graph, inputs: tuple[tuple[Any, ...], dict[str, Any]], *, double: bool
+    typing: Typing,
+    keep: Mapping[Atom, Indices],
+    pruned: Graph,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    double: bool,
 ) -> Difference:
     args, kwargs = inputs
     expected = masked_outputs(typing, keep, args, kwargs, double=double)
@@ -140,7 +153,12 @@ def evaluate(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, 
 
 
 def masked_outputs(
-    typing: Typing, keep: Mapping[Atom, Indices], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool = False
+    typing: Typing,
+    keep: Mapping[Atom, Indices],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    double: bool = False,
 ) -> Any:
     """Run the typed graph with the parameters of every removed index set to zero.
 
@@ -154,10 +172,11 @@ class _Evaluator(fx.Interpreter):
 
     def __init__(self, graph: Graph, *, double: bool) -> None:
         super().__init__(graph.module)
+        self.traced = graph.module
         self.double = double
 
     def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        flat = flatten_inputs(self.module, args, kwargs)
+        flat = flatten_inputs(self.traced, args, kwargs)
         with torch.no_grad(), _default_dtype(torch.float64) if self.double else nullcontext():
             return self.run(*[self._promote(_own(x)) for x in flat], enable_io_processing=False)
 
@@ -218,7 +237,9 @@ class _MaskedEvaluator(_Evaluator):
         old[call] = node
         operator = self.typing.operators[node.target]
         if operator.resize is not None:
-            operator.resize(Resizer(keep, lambda n: self.typing.values[old[n]], self.typing.facts.get(node)), Call(call))
+            operator.resize(
+                Resizer(keep, lambda n: self.typing.values[old[n]], self.typing.facts.get(node)), Call(call)
+            )
         for each in scratch.nodes:
             if each.op == "call_function":
                 args, kwargs = fx.node.map_arg((each.args, each.kwargs), values.__getitem__)
@@ -275,4 +296,3 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-

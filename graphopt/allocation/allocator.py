@@ -21,7 +21,7 @@ from graphopt.cost import CostModel, Polynomial, Quantity
 from graphopt.errors import BudgetError, PassError
 
 if TYPE_CHECKING:
-    from graphopt.axes.coupling import Group
+    from graphopt.axes.groups import Group
 
 __all__ = ["Allocator", "Floats", "Keep", "Problem"]
 

@@ -18,7 +18,7 @@ from graphopt.axes.algebra import Atom, Axis, Concat, Indices, Product, leaves
 from graphopt.errors import PipelineError, nearest_name, unknown_name
 
 if TYPE_CHECKING:
-    from graphopt.axes.coupling import Group
+    from graphopt.axes.groups import Group
 
 __all__ = ["Constraints", "Limits", "Order"]
 

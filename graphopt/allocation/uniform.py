@@ -13,7 +13,7 @@ from graphopt.axes.algebra import Indices
 from graphopt.cost import CostModel
 
 if TYPE_CHECKING:
-    from graphopt.axes.coupling import Group
+    from graphopt.axes.groups import Group
 
 __all__ = ["Uniform"]
 

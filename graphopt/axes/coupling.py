@@ -1,6 +1,7 @@
-"""What inference found, in the words of pruning: coupled groups, and the graph that says what ties them.
+"""Say what ties the dimensions of a typed graph: the coupling as a networkx graph that answers *why*.
 
-What may live here: :class:`Place`, :class:`Group` and :class:`CouplingGraph`, the networkx view that answers *why*.
+What may live here: :class:`CouplingGraph`, its explanations and its drawings. What coupled groups are stands in
+``groups``, how they are found in ``infer``.
 """
 
 from __future__ import annotations
@@ -8,46 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import networkx as nx
 from torch import fx
 
 from graphopt.axes.algebra import Atom, Axis, Concat, Product, Reason, leaves, resolve
-
-if TYPE_CHECKING:
-    from graphopt.axes.infer import Typing, Value
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One dimension of one tensor in which a group's indices occur; ``axis`` is its solved expression."""
-
-    tensor: str
-    dim: int
-    axis: Axis
-
-    def __str__(self) -> str:
-        return f"{self.tensor}[{self.dim}]"
-
-
-@dataclass(eq=False, slots=True)
-class Group:
-    """Indices that stand or fall together, wherever they occur.
-
-    ``normalised`` names the nodes that normalise over the group (a mean, a layer norm …): removing an index then
-    renormalises over the kept ones, so the group is pruned after the exact ones unless the user says otherwise.
-    """
-
-    name: str
-    atom: Atom
-    size: int
-    places: tuple[Place, ...]
-    normalised: tuple[str, ...] = ()
-    role: str = "channels"
-
-    def __repr__(self) -> str:
-        return f"Group({self.name}, {self.role} {self.size}, {len(self.places)} places)"
+from graphopt.axes.groups import Group
+from graphopt.axes.infer import Typing, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch import fx
 
 from graphopt.axes import algebra
 from graphopt.axes.algebra import ONE, Atom, Axis, AxisError, Concat, Product, Reason, leaves
-from graphopt.axes.coupling import Group, Place
+from graphopt.axes.groups import Group, Place
 from graphopt.graph import SPEC, Call, Graph, TensorSpec, get_attribute, spec_of
 
 Axes = tuple[Axis, ...]

@@ -24,7 +24,7 @@ from graphopt.cost.polynomial import Floats, Integers, Monomials, Peak, Polynomi
 from graphopt.graph import OWNER, Spec, TensorSpec, spec_of
 
 if TYPE_CHECKING:
-    from graphopt.axes.coupling import Group
+    from graphopt.axes.groups import Group
     from graphopt.axes.infer import Typing
 
 __all__ = ["Cost", "CostModel", "LayerCost", "Quantity"]

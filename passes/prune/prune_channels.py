@@ -22,7 +22,7 @@ from graphopt.report import at_stake
 from graphopt.report.wording import listing, plural
 
 if TYPE_CHECKING:
-    from graphopt.axes.coupling import Group
+    from graphopt.axes.groups import Group
     from graphopt.axes.infer import Typing
 
 

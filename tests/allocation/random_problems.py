@@ -12,7 +12,7 @@ from torch import nn
 
 from graphopt.allocation import Budget, Constraints, Keep
 from graphopt.axes.algebra import Axis, Reason, atom
-from graphopt.axes.coupling import Group
+from graphopt.axes.groups import Group
 from graphopt.cost import CostModel
 from tests.cost.handmade import typing_of
 

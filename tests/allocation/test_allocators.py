@@ -12,7 +12,7 @@ from torch import nn
 
 from graphopt.allocation import ALLOCATORS, Allocator, Budget, Constraints, GlobalThreshold, Keep, Knapsack, Uniform
 from graphopt.axes.algebra import Axis, Product, Reason, atom
-from graphopt.axes.coupling import Group
+from graphopt.axes.groups import Group
 from graphopt.axes.infer import Typing
 from graphopt.cost import CostModel
 from graphopt.errors import BudgetError, PassError

@@ -12,7 +12,7 @@ from torch import nn
 from graphopt.allocation import Constraints
 from graphopt.allocation.constraints import Limits
 from graphopt.axes.algebra import Axis, Concat, Product, Reason, atom
-from graphopt.axes.coupling import Group
+from graphopt.axes.groups import Group
 from graphopt.errors import PipelineError
 from tests.cost.handmade import typing_of
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.axes.algebra import Atom, Axis, leaves
-from graphopt.axes.coupling import Group, Place
+from graphopt.axes.groups import Group, Place
 from graphopt.axes.infer import Axes, Typing
 from graphopt.graph import Graph, TensorSpec, TraceModule, set_tensor
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphopt.axes.algebra import Atom, Indices
-from graphopt.axes.coupling import Group
+from graphopt.axes.groups import Group
 from graphopt.capture import capture
 from graphopt.cost import CostModel
 from graphopt.dialects.aten import infer

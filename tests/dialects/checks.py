@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.algebra import Atom, Indices, index_at, leaves
-from graphopt.axes.coupling import Group
+from graphopt.axes.groups import Group
 from graphopt.axes.infer import Typing
 from graphopt.capture import capture
 from graphopt.dialects.aten import infer

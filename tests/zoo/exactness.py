@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphopt.axes.algebra import Atom, Indices
-from graphopt.axes.coupling import Group
+from graphopt.axes.groups import Group
 from graphopt.axes.infer import Typing
 from graphopt.rewrite import rewrite
 from graphopt.verify import Difference, difference, evaluate, masked_outputs

@@ -1,0 +1,1 @@
+"""Axes as types: the algebra of dimensions, the typing rules, inference, and the coupling that follows."""
