@@ -142,7 +142,6 @@ def _table(translation: Translation, *names: str) -> dict[Any, Translation]:
 TRANSLATIONS: dict[Any, Translation] = {
     **_table(_batch_norm, "batch_norm.default"),
     **_table(_first_of_three(_batch_norm), "native_batch_norm.default", "_native_batch_norm_legit_no_training.default"),
-    **_table(_first_of_three(_batch_norm), "cudnn_batch_norm.default", "miopen_batch_norm.default"),
     **_table(_instance_norm, "instance_norm.default"),
     **_table(_layer_norm, "layer_norm.default"),
     **_table(_first_of_three(_layer_norm), "native_layer_norm.default"),

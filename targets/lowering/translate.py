@@ -204,12 +204,12 @@ def _assemble(graph: Graph, e: Emitter, inputs: list[Any], outputs: list[tuple[s
     known = {}
     for node, value in e.values.items():
         if isinstance(value, str) and value in produced and value not in final:
-            known[value] = _described(value, node)
+            known[value] = _described(value, node, number=[1])
     body = helper.make_graph(
         e.nodes,
         type(graph.module).__name__,
         inputs,
-        [_described(name, node) for name, node in outputs],
+        [_described(name, node, number=[]) for name, node in outputs],
         value_info=list(known.values()),
     )
     model = helper.make_model(
@@ -230,12 +230,13 @@ def set_properties(model: onnx.ModelProto) -> None:
     helper.set_model_props(model, {"graphopt.version": _version()})
 
 
-def _described(name: str, node: fx.Node) -> Any:
+def _described(name: str, node: fx.Node, *, number: list[int]) -> Any:
+    """Describe a value; ``number`` is the shape in which a symbolic number stands here."""
     from onnx import helper
 
     spec = node.meta.get(SPEC)
     if not isinstance(spec, TensorSpec):
-        return helper.make_tensor_value_info(name, onnx_type(scalar_type(spec)), None)
+        return helper.make_tensor_value_info(name, onnx_type(scalar_type(spec)), number)
     sizes = [None if dynamic else size for size, dynamic in zip(spec.shape, spec.dynamic, strict=True)]
     return helper.make_tensor_value_info(name, onnx_type(spec.dtype), sizes)
 

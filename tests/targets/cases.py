@@ -143,7 +143,7 @@ def elementwise() -> Iterator[Call]:
         yield from of(f"{name}.Tensor", n, m)
         yield from of(f"{name}.Scalar", n, 3)
     yield from of("dropout.default feature_dropout.default alpha_dropout.default", x, 0.5, False)
-    yield from of("feature_alpha_dropout.default", x, 0.5, False)
+    yield from of("feature_alpha_dropout.default native_dropout.default", x, 0.5, False)
     for dtype in (torch.int64, torch.bool, torch.float64, torch.int32):
         yield from of("to.dtype _to_copy.default", x, dtype=dtype)
     yield from of("to.dtype_layout", n, dtype=torch.float32, layout=torch.strided, device=torch.device("cpu"))

@@ -27,6 +27,7 @@ FIRST_ONLY = frozenset(
         aten._native_batch_norm_legit_no_training.default,
         aten.native_batch_norm.default,
         aten.native_layer_norm.default,
+        aten.native_dropout.default,
         aten.max_pool2d_with_indices.default,
         aten.adaptive_max_pool1d.default,
         aten.adaptive_max_pool2d.default,

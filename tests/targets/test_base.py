@@ -38,7 +38,9 @@ def test_importing_the_targets_loads_no_onnx() -> None:
 
 
 def test_missing_package_names_the_extra() -> None:
-    with pytest.raises(MissingDependencyError, match=r"writing a file needs the package 'nowhere_to_be_found'.*\[onnx\]"):
+    with pytest.raises(
+        MissingDependencyError, match=r"writing a file needs the package 'nowhere_to_be_found'.*\[onnx\]"
+    ):
         require("nowhere_to_be_found.part", extra="onnx", purpose="writing a file")
 
 
@@ -73,7 +75,10 @@ def test_failure_leaves_nothing_and_keeps_what_was_there(tmp_path: Path) -> None
 
 def test_folder_that_cannot_be_made_is_a_lowering_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(LoweringError, match="cannot write to .*file.*choose another"), staged(tmp_path / "file" / "out"):
+    with (
+        pytest.raises(LoweringError, match="cannot write to .*file.*choose another"),
+        staged(tmp_path / "file" / "out"),
+    ):
         pass
 
 

@@ -193,7 +193,9 @@ def test_operator_that_nothing_exports_is_refused_by_name(tmp_path: Path) -> Non
             return torch.linalg.eigvals(x).real
 
     graph = capture(Eigen().eval(), torch.randn(2, 3, 3))
-    with pytest.raises(LoweringError, match=r"aten.linalg_eigvals.default \(node linalg_eigvals\).*use the target 'torch'"):
+    with pytest.raises(
+        LoweringError, match=r"aten.linalg_eigvals.default \(node linalg_eigvals\).*use the target 'torch'"
+    ):
         OnnxTarget().lower(graph, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
