@@ -115,8 +115,8 @@ def runner(graph: Graph, translated: Translated, path: Path) -> Callable[[progra
         except (failures.Fail, failures.InvalidArgument, failures.RuntimeException) as error:
             shapes = {name: list(array.shape) for name, array in feeds.items()}
             raise VerificationError(
-                f"the ONNX file does not run in ONNX Runtime on inputs of shape {shapes}, which the graph accepts: {error}. "
-                "Nothing was written: please report the model"
+                f"the ONNX file does not run in ONNX Runtime on inputs of shape {shapes}, which the graph accepts: "
+                f"{error}. Nothing was written: please report the model"
             ) from error
         return [torch.from_numpy(array) for array in arrays]
 

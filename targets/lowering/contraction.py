@@ -133,8 +133,8 @@ def _attention(e: Emitter, call: Call) -> Value:
 
     Plain products are what every runtime optimises; ONNX Runtime's own kernel for the operator ``Attention`` of later
     opsets is no faster. With ``enable_gqa`` the queries of one key head are laid one after another, ``(…, kv heads,
-    queries per head * length, width)``, so that keys and values are not repeated. A row that the mask leaves nothing yields
-    zeros, as in torch.
+    queries per head * length, width)``, so that keys and values are not repeated. A row that the mask leaves nothing
+    yields zeros, as in torch.
     """
     q, k, v = (call.spec(name) for name in ("query", "key", "value"))
     query, key, value = (e[call[name]] for name in ("query", "key", "value"))

@@ -27,6 +27,7 @@ def fold_constants(graph: Graph) -> int:
     read elsewhere, too, so that no weight is stored twice.
     """
     constant = _constant_nodes(graph)
+    computed = frozenset(constant)
     values = _evaluate(graph, constant)
     frontier = list(_frontier(graph, constant))
     folded = 0
@@ -41,9 +42,27 @@ def fold_constants(graph: Graph) -> int:
             continue
         _replace(graph, node, value, constant)
         folded += 1
+    _drop(graph, computed)
     graph.module.graph.eliminate_dead_code()
     graph.module.recompile()
     return folded
+
+
+def _drop(graph: Graph, computed: frozenset[fx.Node]) -> None:
+    """Take out those of the computed nodes, writes among them, that nothing else needs any more."""
+    needed: set[fx.Node] = set()
+    waiting = [node for node in graph.nodes if node not in computed]
+    while waiting:
+        node = waiting.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        waiting += node.all_input_nodes
+        if node in computed:
+            waiting += [user for member in family(node) for user in member.users if member in written(user)]
+    for node in reversed(list(graph.nodes)):
+        if node not in needed:
+            graph.module.graph.erase_node(node)
 
 
 def _constant_nodes(graph: Graph) -> set[fx.Node]:
