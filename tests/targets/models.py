@@ -109,6 +109,8 @@ class Sizes(nn.Module):
 class Writes(nn.Module):
     """Write into views, in every way whose result is read through another name."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", torch.zeros(4, 4))

@@ -18,6 +18,7 @@ from graphopt.errors import LoweringError, MissingDependencyError, VerificationE
 from graphopt.graph import Graph
 from graphopt.targets import onnx as target_module
 from graphopt.targets.lowering import storage
+from graphopt.targets.lowering.translate import translate
 from graphopt.targets.onnx import OnnxTarget
 
 from .models import Attention, Conv, Nested, Sizes, Tied, Writes
@@ -208,7 +209,7 @@ def test_without_onnx_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_wrong_file_is_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = target_module.translate
+    original = translate
 
     def spoiled(graph: Graph) -> Any:
         translated = original(graph)

@@ -115,6 +115,8 @@ def test_functional_graph_computes_the_same_and_writes_nothing(rows: int) -> Non
 
 def test_state_that_is_written_is_reported() -> None:
     class Counter(nn.Module):
+        count: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(()))
