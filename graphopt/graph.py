@@ -18,7 +18,9 @@ Nodes carry plain, immutable facts, so that copying a graph copies references:
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -149,13 +151,14 @@ class TraceModule(fx.GraphModule):
 
     def replica(self, tensor: Callable[[torch.Tensor], torch.Tensor] | None = None) -> TraceModule:
         """Copy the structure; ``tensor`` says what takes the place of each tensor (by default, the tensor itself)."""
-        graph = fx.Graph()
-        values: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self.graph, values)).meta = dict(self.graph.output_node().meta)
-        graph.set_codegen(self.graph._codegen)
-        module = TraceModule(nn.Module(), fx.Graph(), type(self).__name__)
-        _replicate(self, module, tensor)
-        module.graph = graph
+        with _without_collection():
+            graph = fx.Graph()
+            values: dict[fx.Node, fx.Node] = {}
+            graph.output(graph.graph_copy(self.graph, values)).meta = dict(self.graph.output_node().meta)
+            graph.set_codegen(self.graph._codegen)
+            module = TraceModule(nn.Module(), fx.Graph(), type(self).__name__)
+            _replicate(self, module, tensor)
+            module.graph = graph
         module.meta = {k: v.copy() if isinstance(v, dict | list) else v for k, v in self.meta.items()}
         return module
 
@@ -419,6 +422,18 @@ def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
         module._parameters.pop(last, None)
         module.__dict__.pop(last, None)
         module.register_buffer(last, tensor, persistent=persistent)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    # A copy makes tens of thousands of objects and no garbage; looking for some would take longer than the copy.
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _replicate(source: nn.Module, target: nn.Module, tensor: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
