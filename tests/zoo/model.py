@@ -58,7 +58,7 @@ class ZooModel:
             with _WithoutRandomInit():
                 module = self.construct(native).eval()
             randomise(module, seed)
-            calibrate(module, *self.inputs(native=native, seed=seed), seed=seed)
+            calibrate(module, *self.inputs(native=native, batch=1 if native else 2, seed=seed), seed=seed)
             # LeViT and EfficientFormer keep what they computed from their weights until they are put in train mode.
             module.train().eval()
         return module
