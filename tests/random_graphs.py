@@ -1,9 +1,9 @@
 """Draw random modules, for properties that must hold for every graph.
 
 A module is a chain of steps over a state: an image ``(b, c, h, w)``, tokens ``(b, n, c)`` or vectors ``(b, c)``. Every
-step is one idea of a real architecture, with drawn widths; some contain further steps (a residual, a concatenation), some
-turn one kind of state into another. Widths are small, and drawn so that they are often distinct primes and often coincide
-with another size, for shapes that fit by chance hide mistakes.
+step is one idea of a real architecture, with drawn widths; some contain further steps (a residual, a concatenation),
+some turn one kind of state into another. Widths are small, and drawn so that they are often distinct primes and often
+coincide with another size, for shapes that fit by chance hide mistakes.
 """
 
 from __future__ import annotations
@@ -227,9 +227,10 @@ def joined(dice: Dice, state: State) -> tuple[nn.Module, State]:
             found.append(x)
         return torch.cat(found, dim)
 
+    widths = ["x" if i < 0 else str(_channels(branches[i][1])) for i in order if i >= 0 or keeps]
     step = Step(
         function,
-        f"cat({', '.join(['x' if i < 0 else str(_channels(branches[i][1])) for i in order if i >= 0 or keeps])}, {constant})",
+        f"cat({', '.join(widths)}, {constant})",
         branches=nn.ModuleList(b for b, _ in branches),
         table=_shaped(state, numbered(2)),
     )
@@ -243,7 +244,7 @@ def parted(dice: Dice, state: State) -> tuple[nn.Module, State]:
     parts = [mixer(dice, _with_channels(state, n))[0] if dice.coin() else nn.Tanh() for n in sizes]
     order = dice.permutation(range(len(sizes)))
     bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    total = sizes and bounds[-1]
+    total = bounds[-1]
 
     def cut(x: Tensor) -> list[Tensor]:
         if how == "split":
@@ -261,7 +262,8 @@ def parted(dice: Dice, state: State) -> tuple[nn.Module, State]:
         found = cut(x)
         return torch.cat([s.parts[i](found[i]) for i in order], dim)
 
-    widths = [p.weight.shape[0] if hasattr(p, "weight") else n for p, n in zip(parts, sizes, strict=True)]
+    weights = [getattr(p, "weight", None) for p in parts]
+    widths = [len(w) if isinstance(w, Tensor) else n for w, n in zip(weights, sizes, strict=True)]
     return Step(function, f"{how} {sizes}", parts=nn.ModuleList(parts)), _with_channels(state, sum(widths))
 
 
@@ -731,6 +733,7 @@ def gate_of_image(dice: Dice, state: State) -> tuple[nn.Module, State]:
         f"gate {how} {hidden}",
         down=nn.Conv2d(c, hidden, 1),
         up=nn.Conv2d(hidden, c, 1),
+        frozen=frozen,
         kernel=nn.Conv2d(2 if frozen else hidden, 1, 3, padding=1),
         kernel_twin=nn.Conv2d(c, hidden, 3, padding=1),
         line=nn.Conv1d(1, 1, 3, padding=1),
@@ -738,7 +741,6 @@ def gate_of_image(dice: Dice, state: State) -> tuple[nn.Module, State]:
         scale=weight(1, c, 1, 1),
         shift=weight(1, c, 1, 1),
     )
-    step.frozen = frozen
     return step, state
 
 

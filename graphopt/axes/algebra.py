@@ -414,9 +414,9 @@ def cut(axis: Axis, position: int) -> tuple[Axis, Axis]:
         return product((before, inner)), product((after, inner))
     after = cut(after, 1)[1] if after.size > 1 else _EMPTY
     left, right = cut(inner, offset)
-    head = [product((before, inner))] if rows else []
-    tail = [product((after, inner))] if after.size else []
-    return concat([*head, left]), concat([right, *tail])
+    whole_before = [product((before, inner))] if rows else []
+    whole_after = [product((after, inner))] if after.size else []
+    return concat([*whole_before, left]), concat([right, *whole_after])
 
 
 # -- evaluating a solved expression ---------------------------------------------------------------------------------

@@ -176,10 +176,11 @@ def test_index_at_names_the_index_of_every_position() -> None:
 @st.composite
 def axes(draw: st.DrawFn, size: int, depth: int = 2) -> Axis:
     """Draw an axis of a given size."""
-    if depth == 0 or size < 4 or not draw(st.integers(0, 1)):
+    if depth == 0 or size < 4 or draw(st.booleans()):
         return atom(size)
-    divisors: list[int] = [d for d in range(2, size) if size % d == 0]
-    if divisors and draw(st.integers(0, 1)):
+    divisors = [d for d in range(2, size) if size % d == 0]
+    in_rows = draw(st.booleans())
+    if divisors and in_rows:
         outer = draw(st.sampled_from(divisors))
         return product([draw(axes(outer, depth - 1)), draw(axes(size // outer, depth - 1))])
     head = draw(st.integers(1, size - 1))

@@ -220,7 +220,10 @@ def test_space_is_fixed_where_it_is_made_of_channels() -> None:
             functional.pixel_shuffle(y.view(3, 2, 3, 2, 4).transpose(2, 3).flatten(1, 2), 2).square().sum((1, 2, 3))
         )
     )
-    image = lambda y: y[:, :, None].unflatten(3, (2, 4))[:, :, 0]  # noqa: E731
+
+    def image(y: torch.Tensor) -> torch.Tensor:
+        return y[:, :, None].unflatten(3, (2, 4))[:, :, 0]
+
     assert kinds(lambda y: functional.pixel_unshuffle(image(y), 2).square().sum((1, 2, 3))) == ("exact", "frozen")
     assert kinds(lambda y: functional.unfold(image(y), 2).square().sum((1, 2))) == ("exact", "frozen")
     assert kinds(lambda y: functional.fold(y.repeat(1, 2, 1), (3, 5), 2).square().sum((1, 2, 3))) == (
