@@ -209,14 +209,12 @@ class Plan:
         facts = {"shapes": json.dumps(self.shapes), "aliases": json.dumps(self.aliases)}
         metadata = {"format": FORMAT, "version": VERSION, **facts}
         target = Path(path)
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".graphopt-", delete=False) as scratch:
-            try:
-                scratch.write(safetensors.numpy.save(arrays, metadata))
-                scratch.close()
-                Path(scratch.name).replace(target)
-            except BaseException:
-                Path(scratch.name).unlink()
-                raise
+        scratch = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            scratch.write_bytes(safetensors.numpy.save(arrays, metadata))
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -128,7 +128,12 @@ SHAPED: list[tuple[Step, ...]] = [
 ]
 
 
-@pytest.mark.parametrize("steps", CREATED + NUMERIC + SHAPED, ids=lambda steps: "-".join(str(s[0]) for s in steps))
+def _id(steps: tuple[Step, ...]) -> str:
+    # The printed form of a Python function holds its address, which differs between the workers of pytest-xdist.
+    return "-".join(getattr(s[0], "__name__", str(s[0])) for s in steps)
+
+
+@pytest.mark.parametrize("steps", CREATED + NUMERIC + SHAPED, ids=_id)
 def test_sizes_known_only_at_run_time(steps: tuple[Step, ...], tmp_path: Path) -> None:
     _, run = lowered(chain(*steps), tmp_path)
     for rows in (2, 3, 4, 5):
