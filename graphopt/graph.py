@@ -151,7 +151,7 @@ class TraceModule(fx.GraphModule):
 
     def replica(self, tensor: Callable[[torch.Tensor], torch.Tensor] | None = None) -> TraceModule:
         """Copy the structure; ``tensor`` says what takes the place of each tensor (by default, the tensor itself)."""
-        with _without_collection():
+        with without_collection():
             graph = fx.Graph()
             values: dict[fx.Node, fx.Node] = {}
             graph.output(graph.graph_copy(self.graph, values)).meta = dict(self.graph.output_node().meta)
@@ -425,8 +425,12 @@ def set_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    # A copy makes tens of thousands of objects and no garbage; looking for some would take longer than the copy.
+def without_collection() -> Iterator[None]:
+    """Pause the collection of garbage, around or as a decorator of what makes many objects and no garbage.
+
+    Copying, typing and rewriting make tens of thousands of objects; looking among all objects of a process for garbage
+    in between would take longer than the work.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:

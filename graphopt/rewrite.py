@@ -17,9 +17,10 @@ from torch import fx
 from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves, size_of
 from graphopt.axes.infer import Axes, Resizer, Typing, Value
 from graphopt.errors import PassError
-from graphopt.graph import SPEC, Call, Graph, Spec, TensorSpec
+from graphopt.graph import SPEC, Call, Graph, Spec, TensorSpec, without_collection
 
 
+@without_collection()
 def rewrite(typing: Typing, keep: Mapping[Atom, Indices]) -> Graph:
     """Return a copy of the typed graph that has only the kept indices; the typed graph is not changed.
 

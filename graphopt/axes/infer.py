@@ -18,7 +18,7 @@ from torch import fx
 from graphopt.axes import algebra
 from graphopt.axes.algebra import ONE, Atom, Axis, AxisError, Concat, Product, Reason, leaves
 from graphopt.axes.groups import Group, Place
-from graphopt.graph import SPEC, Call, Graph, TensorSpec, get_attribute, spec_of
+from graphopt.graph import SPEC, Call, Graph, TensorSpec, get_attribute, spec_of, without_collection
 
 Axes = tuple[Axis, ...]
 Value = Axes | list["Value"] | None
@@ -356,6 +356,7 @@ def _rigid(axis: Axis) -> Reason | None:
     return next((r for r in map(_rigid, axis.parts) if r is not None), None)
 
 
+@without_collection()
 def infer(graph: Graph, operators: Mapping[Any, Operator]) -> Typing:
     """Infer the axes of every value of ``graph`` with the rules of a dialect.
 
