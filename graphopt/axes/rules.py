@@ -16,7 +16,7 @@ from graphopt.axes.infer import KERNEL, Axes, Typer
 
 def broadcast(t: Typer, *operands: Axes) -> Axes:
     """Tie aligned dimensions, counted from the last; a single position matches anything."""
-    rank = max(map(len, operands))
+    rank = max(map(len, operands), default=0)
     out: list[Axis] = []
     for i in range(rank, 0, -1):
         aligned = [o[-i] for o in operands if len(o) >= i and o[-i].size != 1]

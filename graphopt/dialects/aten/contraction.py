@@ -228,7 +228,7 @@ OPERATORS: dict[Any, Operator] = {
     **table(
         _PRODUCT, "matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default", "linalg_matmul.default"
     ),
-    **table(_SUM_OF_PRODUCT, "addmm.default", "baddbmm.default", "addbmm.default", "addmv.default"),
+    **table(_SUM_OF_PRODUCT, "addmm.default", "baddbmm.default", "addmv.default"),
     aten.einsum.default: Operator(_einsum, _zeros_of_einsum),
     aten.scaled_dot_product_attention.default: Operator(_attention, _zeros_of_attention, _resize_attention),
     **table(Operator(_outer, _zeros_of_outer), "outer.default", "ger.default"),

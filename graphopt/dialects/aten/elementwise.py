@@ -158,7 +158,6 @@ OPERATORS = {
             "type_as",
             "nan_to_num",
             "zero_",
-            "view_as_real_copy",
         ),
     ),
     # f(0) != 0, or unknown

@@ -61,11 +61,7 @@ def _index_select(t: Typer, call: Call) -> Value:
 
 def _gather(t: Typer, call: Call) -> Value:
     """Entries move along ``dim``; along the other dimensions index and source must agree where they are whole."""
-    x, index = t[call["self"]], t[call["index" if call.has("index") else "indices"]]
-    if call["dim"] is None:
-        for axis in (*x, *index):
-            t.freeze(axis, _WHY)
-        return t.opaque(t.shape(), _WHY)
+    x, index = t[call["self"]], t[call["index"]]
     dim = call["dim"] % len(x)
     t.freeze(x[dim], _WHY)
     for d, (a, b) in enumerate(zip(x, index, strict=True)):
@@ -76,6 +72,19 @@ def _gather(t: Typer, call: Call) -> Value:
             t.freeze(b, _WHY)
     t.freeze(index[dim], _WHY)
     return index
+
+
+def _take_along(t: Typer, call: Call) -> Value:
+    """Gather, with index and source broadcast against each other along the other dimensions."""
+    x, index = t[call["self"]], t[call["indices"]]
+    if call["dim"] is None:
+        for axis in (*x, *index):
+            t.freeze(axis, _WHY)
+        return t.opaque(t.shape(), _WHY)
+    dim = call["dim"] % len(x)
+    t.freeze(x[dim], _WHY)
+    t.freeze(index[dim], _WHY)
+    return (*broadcast(t, x[:dim], index[:dim]), index[dim], *broadcast(t, x[dim + 1 :], index[dim + 1 :]))
 
 
 def _rigid(t: Typer, call: Call) -> Value:
@@ -132,7 +141,8 @@ OPERATORS: dict[Any, Operator] = {
     aten.embedding.default: Operator(_embedding, _zeros_of_embedding),
     aten.index.Tensor: Operator(_index, zeros_of_first),
     aten.index_select.default: Operator(_index_select, zeros_of_first),
-    **table(Operator(_gather, zeros_of_first), "gather.default", "take_along_dim.default"),
+    aten.gather.default: Operator(_gather, zeros_of_first),
+    aten.take_along_dim.default: Operator(_take_along, lambda z, call: z.some(call.node, call["self"])),
     **table(
         Operator(_rigid),
         *("index_put.default", "index_put_.default", "scatter.src", "scatter.value", "scatter_.src", "scatter_.value"),

@@ -238,6 +238,14 @@ def _resize_split(r: Resizer, call: Call) -> None:
     call.node.kwargs = {}
 
 
+def _cut_at(t: Typer, call: Call) -> Value:
+    """Type a split at given positions; those of a dynamic dimension could not follow it."""
+    dim = call["dim"] % len(call.spec("self").shape)
+    if call.spec("self").dynamic[dim]:
+        t.freeze(t[call["self"]][dim], "a dynamic dimension is cut")
+    return _split(t, call)
+
+
 def _unbind(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
@@ -435,6 +443,16 @@ def _col2im(t: Typer, call: Call) -> Value:
     return (*x[:-2], channels, *t.opaque(t.shape()[-2:], "a spatial dimension"))
 
 
+def _as_complex(t: Typer, call: Call) -> Value:
+    x = t[call["self"]]
+    t.freeze(x[-1], "real and imaginary part")
+    return x[:-1]
+
+
+def _as_real(t: Typer, call: Call) -> Value:
+    return (*t[call["self"]], t.fixed(2, "real and imaginary part"))
+
+
 def _symbolic(t: Typer, call: Call) -> Value:
     return None
 
@@ -468,6 +486,7 @@ OPERATORS: dict[Any, Operator] = {
     **table(
         _SPLIT, "split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default", "tensor_split.sections"
     ),
+    aten.tensor_split.indices: Operator(_cut_at, zeros_of_first, _resize_split),
     aten.unbind.int: Operator(_unbind, zeros_of_first),
     aten.select.int: Operator(_select, zeros_of_first),
     aten.slice.Tensor: Operator(_slice, zeros_of_first, _resize_slice),
@@ -482,6 +501,8 @@ OPERATORS: dict[Any, Operator] = {
     aten.pixel_shuffle.default: Operator(_pixel_shuffle, zeros_of_first),
     aten.pixel_unshuffle.default: Operator(_pixel_unshuffle, zeros_of_first),
     **table(Operator(_channel_shuffle, zeros_of_first), "channel_shuffle.default", "native_channel_shuffle.default"),
+    **table(Operator(_as_complex, zeros_of_first), "view_as_complex.default"),
+    **table(Operator(_as_real, zeros_of_first), "view_as_real.default", "view_as_real_copy.default"),
     aten.im2col.default: Operator(_im2col, zeros_of_first),
     aten.col2im.default: Operator(_col2im, zeros_of_first),
     operator.getitem: Operator(_getitem, zeros_of_first),
