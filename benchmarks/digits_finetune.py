@@ -52,7 +52,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--flops", type=float, default=0.3)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--json")
     options = parser.parse_args()
     rows = [measure(m, s, options.flops, options.epochs) for m in MODELS for s in range(options.seeds)]
