@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.algebra import Atom, Indices, index_at, leaves
+from graphopt.axes.algebra import Atom, Axis, Concat, Indices, Product, index_at, leaves, resolve
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Typing
 from graphopt.capture import capture
@@ -25,7 +25,7 @@ from graphopt.dialects.aten import infer
 from graphopt.rewrite import rewrite
 from graphopt.verify import difference, evaluate, masked_outputs
 
-__all__ = ["EXACT", "Checked", "check", "draw", "groups_of", "prepared", "reasons", "typed", "zeroed"]
+__all__ = ["EXACT", "Checked", "check", "draw", "groups_of", "prepared", "reasons", "text", "typed", "zeroed"]
 
 EXACT = 1e-10
 """Largest relative difference in float64 that counts as none."""
@@ -75,6 +75,32 @@ def groups_of(typing: Typing) -> dict[str, Group]:
 def reasons(typing: Typing, tensor: str, dim: int) -> set[str]:
     """Return why factors of a dimension cannot go."""
     return {leaf.frozen.text for leaf in leaves(typing.tensors[tensor][dim]) if leaf.frozen is not None}
+
+
+def text(typing: Typing) -> str:
+    """Write the groups with their places, and the frozen dimensions with their reasons, but for inputs and outputs.
+
+    A group is a letter; a place that is more than the group is written out, frozen factors as their size.
+    """
+    letters = {g.atom: chr(ord("a") + i) for i, g in enumerate(typing.groups)}
+
+    def spell(axis: Axis) -> str:
+        axis = resolve(axis)
+        if isinstance(axis, Product):
+            return "*".join(map(spell, axis.factors)) or "1"
+        if isinstance(axis, Concat):
+            return "(" + "|".join(map(spell, axis.parts)) + ")"
+        return letters.get(axis, str(axis.size)) if isinstance(axis, Atom) else "?"
+
+    lines = []
+    for group in typing.groups:
+        places = [f"{p}={spell(p.axis)}" if resolve(p.axis) is not group.atom else str(p) for p in group.places]
+        norm = f", normalised over by {', '.join(group.normalised)}" if group.normalised else ""
+        lines.append(f"{letters[group.atom]}: {group.size} {group.role}{norm}: {' '.join(places)}")
+    for place, reason in typing.frozen():
+        if reason.text not in ("a dimension of the model's input", "a dimension of the model's output"):
+            lines.append(f"{place} is fixed: {reason.text}")
+    return "\n".join(lines)
 
 
 def draw(groups: Iterable[Group], rng: np.random.Generator, *, single: bool = False) -> dict[Atom, Indices]:
