@@ -1,6 +1,6 @@
 """Time typing, scoring, allocation and rewriting against Torch-Pruning's graph build and pruning, on the zoo.
 
-    python -m benchmarks.prune_speed [NAME …] [--repeats N] [--json FILE]
+    python -m benchmarks.prune_speed [NAME …] [--repeats N] [--ours-only] [--json FILE]
 
 Both sides prune the same module, at the resolution it is made for, to about half its multiply-adds with an L2
 criterion, on one thread. The export that precedes ours and the forward pass inside Torch-Pruning's tracing are what
@@ -73,7 +73,7 @@ def theirs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> f
     return elapsed
 
 
-def measure(name: str, repeats: int) -> dict[str, Any]:
+def measure(name: str, repeats: int, ours_only: bool) -> dict[str, Any]:
     """Time both sides on one model, alternating."""
     from graphopt.capture import capture
     from tests.zoo import ZOO
@@ -87,7 +87,7 @@ def measure(name: str, repeats: int) -> dict[str, Any]:
     row: dict[str, Any] = {"model": name, "capture": time.perf_counter() - start}
     mine: list[dict[str, float]] = []
     other: list[float] = []
-    failure = ""
+    failure = "not run" if ours_only else ""
     for _ in range(repeats):
         mine.append(ours(graph))
         if not failure:
@@ -110,12 +110,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", default=list(ZOO))
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
     rows = []
     for name in options.names:
         with ProcessPoolExecutor(1) as pool:
-            rows.append(pool.submit(measure, name, options.repeats).result())
+            rows.append(pool.submit(measure, name, options.repeats, options.ours_only).result())
         print(rows[-1], flush=True)
     table = Table("model", "infer ms", "score ms", "allocate ms", "rewrite ms", "ours s", "Torch-Pruning s", "ratio")
     ratios = []
