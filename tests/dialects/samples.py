@@ -170,12 +170,14 @@ SAMPLES: dict[str, list[Sample]] = {
     "expand_as.default": [_of(P((4, 1)), X), _of(X, Y)],
     "broadcast_to.default": [_of(ROW, [3, 4, 6])],
     "repeat.default": [_of(X, [2, 1, 3]), _of(ROW, [2, 3])],
+    "tile.default": [_of(X, [2, 1, 3]), _of(X, [2]), _of(ROW, [2, 3])],
     "repeat_interleave.self_int": [_of(X, 2, 1), _of(X, 3), _of(X, 2, -1, output_size=12)],
     # joining and cutting
     **_same(
         ["cat.default", "concat.default", "concatenate.default"],
         [_of([X, P((3, 5, 6))], 1), _of([X, Y], -1), _of([X, X], 0), _of([X, torch.zeros(0, dtype=torch.float64)], 2)],
     ),
+    "hstack.default": [_of([X, P((3, 5, 6))]), _of([ROW, CHANNELS])],
     "stack.default": [_of([X, Y], 1), _of([X, X], -1)],
     "split.Tensor": [_of(X, 2, 1), _of(X, 4, -1)],
     "split.sizes": [_of(X, [1, 3], 1)],
@@ -278,6 +280,12 @@ SAMPLES: dict[str, list[Sample]] = {
     "layer_norm.default": [_of(X, [6], ROW, P((6,))), _of(X, [4, 6]), _of(X, [6], P((6,)))],
     "rms_norm.default": [_of(X, [6], ROW), _of(X, [4, 6])],
     "group_norm.default": [_of(IMAGE, 2, CHANNELS, P((4,))), _of(IMAGE, 4, CHANNELS), _of(X, 1)],
+    "_native_batch_norm_legit_no_training.default": [_of(X, CHANNELS, P((4,)), P((4,)), P((4,), 0.5), 0.1, 1e-5)],
+    "native_layer_norm.default": [_of(X, [6], ROW, P((6,)), 1e-5), _of(X, [4, 6], None, None, 1e-5)],
+    "native_group_norm.default": [
+        _of(IMAGE, CHANNELS, P((4,)), 2, 4, 30, 2, 1e-5),
+        _of(X, None, None, 3, 4, 6, 4, 1e-5),
+    ],
     **_same(["softmax.int", "log_softmax.int"], [_of(X, 1), _of(X, -1)]),
     **_same(["_softmax.default", "_log_softmax.default"], [_of(X, 1, False)]),
     # reductions

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from graphopt.axes.algebra import Axis, leaves
-from graphopt.axes.infer import Atoms, Faces, Operator, Resizer, Typer, Value, Zeros
-from graphopt.axes.rules import broadcast
+from graphopt.axes.algebra import Axis, leaves, product
+from graphopt.axes.infer import Atoms, Axes, Faces, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.rules import broadcast, drop
 from graphopt.dialects.aten.common import dims_of, optional, table
 from graphopt.graph import Call
 
@@ -86,7 +86,12 @@ def _resize_layer_norm(r: Resizer, call: Call) -> None:
 def _group_norm(t: Typer, call: Call) -> Value:
     """Normalise over space inside each group: whole groups go exactly, channels inside all groups renormalise."""
     x = t[call["input"]]
-    groups, inner = t.split(x[1], call["num_groups"])
+    _normalised_groups(t, call, x, call["num_groups"])
+    return x
+
+
+def _normalised_groups(t: Typer, call: Call, x: Axes, count: int) -> Axis:
+    groups, inner = t.split(x[1], count)
     for name in ("weight", "bias"):
         affine = optional(t, call[name])
         if affine is not None:
@@ -95,7 +100,7 @@ def _group_norm(t: Typer, call: Call) -> Value:
         t.normalise(axis)
     t.mark(groups, "norm groups")
     t.facts[call.node] = (groups, inner)
-    return x
+    return groups
 
 
 def _zeros_of_group_norm(z: Zeros, call: Call) -> Atoms:
@@ -127,6 +132,38 @@ def _resize_group_norm(r: Resizer, call: Call) -> None:
         call["num_groups"] = r.size(groups)
 
 
+# -- as decompositions leave them: a result with its statistics --
+
+
+def _native_batch_norm(t: Typer, call: Call) -> Value:
+    """Tie channels with the vectors, as in evaluation; the statistics it returns are empty."""
+    x = t[call["input"]]
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        vector = optional(t, call[name])
+        if vector is not None:
+            t.unify(x[1], vector[0])
+    return [x, t.opaque((0,), "empty"), t.opaque((0,), "empty")]
+
+
+def _native_layer_norm(t: Typer, call: Call) -> Value:
+    x = t[call["input"]]
+    measured = range(len(x) - len(call["normalized_shape"]), len(x))
+    kept = drop(x, measured, keepdim=True)
+    return [_layer_norm(t, call), kept, kept]
+
+
+def _native_group_norm(t: Typer, call: Call) -> Value:
+    x = t[call["input"]]
+    groups = _normalised_groups(t, call, x, call["group"])
+    return [x, (x[0], groups), (x[0], groups)]
+
+
+def _resize_native_group_norm(r: Resizer, call: Call) -> None:
+    x = r.axes(call["input"])
+    for name, axis in (("N", x[0]), ("C", x[1]), ("HxW", product(x[2:])), ("group", r.fact[0])):
+        call[name] = r.entry(call, call[name], axis)
+
+
 def _softmax(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     for d in dims_of(call["dim"], len(x)):
@@ -140,5 +177,8 @@ OPERATORS: dict[Any, Operator] = {
     aten.layer_norm.default: Operator(_layer_norm, _zeros_of_layer_norm, _resize_layer_norm),
     aten.rms_norm.default: Operator(_layer_norm, _zeros_of_layer_norm, _resize_layer_norm),
     aten.group_norm.default: Operator(_group_norm, _zeros_of_group_norm, _resize_group_norm),
+    aten._native_batch_norm_legit_no_training.default: Operator(_native_batch_norm),
+    aten.native_layer_norm.default: Operator(_native_layer_norm, None, _resize_layer_norm),
+    aten.native_group_norm.default: Operator(_native_group_norm, None, _resize_native_group_norm),
     **table(Operator(_softmax), "softmax.int", "log_softmax.int", "_softmax.default", "_log_softmax.default"),
 }

@@ -149,6 +149,22 @@ def _resize_repeat(r: Resizer, call: Call) -> None:
     call["repeats"] = r.entries(call, call["repeats"], r.fact)
 
 
+def _tile(t: Typer, call: Call) -> Value:
+    """Repeat; dimensions for which no number is given are repeated once."""
+    x = t[call["self"]]
+    dims = hints(call["dims"])
+    out, counts = tile(t, x, [*[1] * (len(x) - len(dims)), *dims])
+    for count, dynamic in zip(counts, call.out.dynamic, strict=True):
+        if dynamic:
+            t.freeze(count, "a dynamic size")
+    t.facts[call.node] = counts[len(counts) - len(dims) :]
+    return out
+
+
+def _resize_tile(r: Resizer, call: Call) -> None:
+    call["dims"] = r.entries(call, call["dims"], r.fact)
+
+
 def _repeat_interleave(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     if call["dim"] is None:
@@ -174,6 +190,11 @@ def _resize_repeat_interleave(r: Resizer, call: Call) -> None:
 def _cat(t: Typer, call: Call) -> Value:
     tensors = [n for n in call["tensors"] if tensor_spec(n).shape != (0,)]
     return join(t, [t[n] for n in tensors], call["dim"])
+
+
+def _side_by_side(t: Typer, call: Call) -> Value:
+    tensors = [t[n] for n in call["tensors"]]
+    return join(t, tensors, min(1, len(tensors[0]) - 1))
 
 
 def _zeros_of_cat(z: Zeros, call: Call) -> Atoms:
@@ -480,8 +501,10 @@ OPERATORS: dict[Any, Operator] = {
     aten.expand_as.default: Operator(_expand_as, _zeros_of_spread),
     aten.broadcast_to.default: Operator(_expand, _zeros_of_spread, _resize_expand),
     aten.repeat.default: Operator(_repeat, _zeros_of_spread, _resize_repeat),
+    aten.tile.default: Operator(_tile, _zeros_of_spread, _resize_tile),
     aten.repeat_interleave.self_int: Operator(_repeat_interleave, _zeros_of_spread, _resize_repeat_interleave),
     **table(Operator(_cat, _zeros_of_cat), "cat.default", "concat.default", "concatenate.default"),
+    aten.hstack.default: Operator(_side_by_side, _zeros_of_cat),
     aten.stack.default: Operator(_stack, _zeros_of_cat),
     **table(
         _SPLIT, "split.Tensor", "split.sizes", "split_with_sizes.default", "chunk.default", "tensor_split.sections"
