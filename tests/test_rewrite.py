@@ -15,6 +15,7 @@ from graphopt.axes.algebra import Atom, leaves
 from graphopt.capture import capture
 from graphopt.dialects.aten import infer
 from graphopt.errors import PassError
+from graphopt.graph import Call
 from graphopt.rewrite import rewrite
 from tests.dialects.checks import check, reasons, typed
 
@@ -294,3 +295,42 @@ def test_the_scale_of_attention_stays() -> None:
         "aten.unflatten.int(%mul, 2, [3, 2, 2])",
         f"aten.scaled_dot_product_attention.default(%getitem, %getitem_1, %getitem_2, scale={1 / 8**0.5})",
     ]
+
+
+def test_the_groups_of_convolutions_and_norms_follow() -> None:
+    class Grouped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.depth = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 24, 3, groups=12)
+            self.norm, self.grouped = nn.GroupNorm(4, 24), nn.Conv2d(24, 8, 1, groups=4)
+            self.up, self.last = nn.ConvTranspose2d(8, 12, 1, groups=4), nn.Conv2d(12, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.up(self.grouped(self.norm(self.depth(self.first(x))))))
+
+    typing = check(Grouped(), [torch.randn(2, 3, 4, 4).double()]).typing
+    groups = {g.size: g for g in typing.groups if any(p.tensor == "depth.weight" for p in g.places)}
+    assert groups.keys() == {4, 3, 2}
+    pruned = rewrite(typing, {groups[4].atom: np.array([0, 2]), groups[3].atom: np.array([1])})
+    calls = [Call(node) for node in pruned.nodes if node.op == "call_function"]
+    assert [c["groups"] for c in calls if c.has("groups")] == [1, 2, 2, 2, 1]
+    assert [c["num_groups"] for c in calls if c.has("num_groups")] == [2]
+    shapes = {n: tuple(t.shape) for n, t in pruned.tensors().items() if n.endswith("weight")}
+    assert shapes["depth.weight"] == (4, 1, 3, 3)
+    assert shapes["grouped.weight"] == (4, 2, 1, 1)
+
+
+def test_single_positions_are_never_lost() -> None:
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.neck, self.wide = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 1, 1), nn.Conv2d(1, 6, 1)
+            self.gain, self.last = nn.Parameter(torch.zeros(1, 1, 1)), nn.Linear(6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            neck = self.neck(self.first(x)) * self.gain
+            wide = self.wide(neck) + neck
+            return self.last(wide.flatten(2).sum(2))
+
+    found = check(Narrow(), [torch.randn(1, 1, 3, 1).double()], [[torch.randn(2, 1, 3, 1).double()]])
+    assert sorted(g.size for g in found.typing.groups) == [4, 6]
