@@ -28,6 +28,8 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any, Final, Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
@@ -66,6 +68,27 @@ class TensorSpec:
 
 Spec = TensorSpec | int | float | bool | None | tuple["Spec", ...]
 """What a node yields: a tensor, a symbolic number by its example value, nothing, or several of them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Source:
+    """Say what positions of a tensor's dimension stand for in the input model: ``positions`` of a tensor's ``dim``.
+
+    ``shape`` is the shape of that tensor in the input model, or, once indices were removed, in what is left of it.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    dim: int
+    positions: npt.NDArray[np.int64]
+
+    def at(self, positions: npt.NDArray[np.int64]) -> Source:
+        """Return what some of the positions stand for."""
+        return replace(self, positions=self.positions[positions])
+
+
+Sources = dict[int, tuple[Source, ...]]
+"""What each dimension of a tensor stands for; a dimension that is not in it stands for nothing."""
 
 
 class TraceModule(fx.GraphModule):
@@ -332,12 +355,15 @@ class Graph:
     ``module`` holds the operators as nodes and the tensors under their original fully qualified names (``get_attr``
     targets). ``example_inputs`` is ``(args, kwargs)``, as the model was called. ``aliases`` maps every further name
     of a shared tensor to the name the graph uses. ``notes`` are plain sentences about the capture, for the report.
+    ``sources`` says of each tensor that a pass made what it stands for in the input model, so that plans can speak of
+    the input model's tensors; a tensor that is not in it is the input model's own.
     """
 
     module: TraceModule
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]]
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sources: dict[str, Sources] = field(default_factory=dict)
 
     @property
     def nodes(self) -> fx.graph._node_list:
@@ -346,7 +372,8 @@ class Graph:
 
     def clone(self) -> Graph:
         """Copy the structure; the tensors are shared, so never edit one in place."""
-        return Graph(self.module.replica(), self.example_inputs, dict(self.aliases), list(self.notes))
+        module = self.module.replica()
+        return Graph(module, self.example_inputs, dict(self.aliases), list(self.notes), dict(self.sources))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor that the graph reads, by the name the graph uses, in order of first use."""
@@ -364,6 +391,13 @@ class Graph:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} is not a tensor but {type(value).__name__}")
         return value
+
+    def stands_for(self, name: str, dim: int) -> tuple[Source, ...]:
+        """Return what the positions of a tensor's dimension stand for in the input model."""
+        if name in self.sources:
+            return self.sources[name].get(dim, ())
+        shape = tuple(self.tensor(name).shape)
+        return (Source(name, shape, dim, np.arange(shape[dim], dtype=np.int64)),)
 
     def names(self, canonical: str) -> list[str]:
         """Return every name of one tensor: the graph's first, then its aliases."""

@@ -10,7 +10,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ import torch
 from graphopt.axes.algebra import Atom, Indices, kept_positions, leaves
 from graphopt.axes.infer import Typing
 from graphopt.errors import PipelineError
+from graphopt.graph import Source
 
 __all__ = ["Plan"]
 
@@ -50,7 +51,39 @@ class Plan:
 
     @classmethod
     def of(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
-        """Translate the kept indices of groups of ``typing`` into those of tensor dimensions."""
+        """Translate the kept indices of groups of ``typing`` into those of the input model's tensor dimensions.
+
+        A tensor that a pass made speaks for those it was made of (:attr:`~graphopt.graph.Graph.sources`). Of a tensor
+        that several others stand for, what any of them keeps is kept.
+        """
+        graph = typing.graph
+        found = cls.direct(typing, keep)
+        if not graph.sources:
+            return found
+        kept: dict[tuple[str, int], Indices] = {}
+        left: dict[tuple[str, int], Indices] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, axes in typing.tensors.items():
+            for dim in range(len(axes)):
+                for source in graph.stands_for(name, dim):
+                    place = (source.tensor, source.dim)
+                    shapes[source.tensor] = source.shape
+                    everything = np.arange(source.shape[source.dim], dtype=np.int64)
+                    mine = source.positions[found.keep.get(name, {}).get(dim, slice(None))]
+                    kept[place] = np.union1d(kept.get(place, everything[:0]), mine)
+                    left[place] = np.setdiff1d(left.get(place, everything), source.positions)
+        result: Kept = {}
+        for (tensor, dim), indices in kept.items():
+            indices = np.union1d(indices, left[tensor, dim])
+            if len(indices) < shapes[tensor][dim]:
+                result.setdefault(tensor, {})[dim] = indices
+        aliases = {alias: name for name in result for alias in graph.names(name)[1:]}
+        result |= {alias: result[name] for alias, name in aliases.items()}
+        return cls(result, {name: shapes[aliases.get(name, name)] for name in result}, aliases)
+
+    @classmethod
+    def direct(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
+        """Translate the kept indices of groups of ``typing`` into those of the typed graph's own tensors."""
         kept: Kept = {}
         shapes: dict[str, tuple[int, ...]] = {}
         aliases: dict[str, str] = {}
@@ -67,6 +100,14 @@ class Plan:
                     if name != tensor:
                         aliases[name] = tensor
         return cls(kept, shapes, aliases)
+
+    def after(self, source: Source) -> Source:
+        """Return what a source is once the plan was carried out: some of its positions gone, the others closed up."""
+        if source.tensor not in self.keep:
+            return source
+        kept = self.keep[source.tensor].get(source.dim)
+        positions = source.positions if kept is None else np.searchsorted(kept, source.positions)
+        return replace(source, shape=self.shape_after(source.tensor), positions=positions)
 
     def then(self, later: Plan) -> Plan:
         """Compose with a plan for the model that this one leaves; the result speaks of this one's input model.

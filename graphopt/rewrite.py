@@ -18,6 +18,7 @@ from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves, s
 from graphopt.axes.infer import Axes, Resizer, Typing, Value
 from graphopt.errors import PassError
 from graphopt.graph import SPEC, Call, Graph, Spec, TensorSpec, without_collection
+from graphopt.plan import Plan
 
 
 @without_collection()
@@ -50,6 +51,8 @@ def rewrite(typing: Typing, keep: Mapping[Atom, Indices]) -> Graph:
                     operator.resize(resizer, Call(node))
             if touched:
                 node.meta[SPEC] = _resized(node.meta[SPEC], typing.values[old], sizes)
+        if graph.sources:
+            _close_up(graph, typing, keep)
         graph.module.recompile()
     return graph
 
@@ -64,6 +67,19 @@ def slice_tensor(tensor: torch.Tensor, axes: Axes, keep: Mapping[Atom, Indices],
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(found, requires_grad=tensor.requires_grad)
     return found
+
+
+def _close_up(graph: Graph, typing: Typing, keep: Mapping[Atom, Indices]) -> None:
+    """Let what the made tensors stand for follow: fewer positions, of smaller tensors of the input model."""
+    plan = Plan.of(typing, keep)
+    graph.sources = {
+        name: {
+            dim: tuple(plan.after(source.at(kept_positions(typing.tensors[name][dim], keep))) for source in sources)
+            for dim, sources in dims.items()
+        }
+        for name, dims in graph.sources.items()
+        if name in typing.tensors
+    }
 
 
 class _Changes:

@@ -12,7 +12,7 @@ rest of graphopt.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,19 @@ import torch
 from torch import nn
 
 from graphopt.allocation import Budget
+from graphopt.axes.algebra import Atom, Indices
+from graphopt.axes.infer import Typing
 from graphopt.capture import capture
 from graphopt.cost import Cost, CostModel
 from graphopt.dialects.aten import infer
 from graphopt.graph import Graph
-from graphopt.pipeline import Context, Pass, PassResult
+from graphopt.pipeline import Context, Pass, PassResult, Reference
+from graphopt.plan import Plan
 from graphopt.report import Site
 from graphopt.rewrite import rewrite
 from graphopt.verify import difference, evaluate, masked_outputs
 
-__all__ = ["Trial", "damaged", "try_pass"]
+__all__ = ["Trial", "damaged", "pruned", "try_pass"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,7 @@ def try_pass(
     channel_multiple: int = 1,
     calibration: Iterable[Any] | None = None,
     seed: int = 0,
+    reference: Reference | None = None,
 ) -> Trial:
     """Run one pass on a model, outside of any pipeline: nothing is verified.
 
@@ -119,6 +123,7 @@ def try_pass(
         channel_multiple: sizes that the target computes in multiples of.
         calibration: batches, for criteria that look at data.
         seed: seeds whatever is random.
+        reference: what the model was before indices were removed, as :func:`pruned` returns it.
     """
     graph = model if isinstance(model, Graph) else capture(model, example_inputs)
     context = Context(
@@ -127,8 +132,14 @@ def try_pass(
         channel_multiple=channel_multiple,
         calibration=calibration,
         seed=seed,
+        reference=reference,
     )
     return _try(each, graph, context)
+
+
+def pruned(typing: Typing, keep: Mapping[Atom, Indices]) -> tuple[Graph, Reference]:
+    """Remove indices from a graph, and return what is left with what later passes measure it against."""
+    return rewrite(typing, keep), Reference(typing.graph, Plan.direct(typing, keep))
 
 
 def damaged(graph: Graph, name: str) -> Graph:
@@ -150,6 +161,7 @@ def _try(each: Pass, graph: Graph, context: Context) -> Trial:
         loss=context.loss,
         evaluate=context.evaluate,
         seed=context.seed,
+        reference=context.reference,
     )
     with torch.random.fork_rng(devices=[]):
         result = each.run(graph.clone(), fresh)

@@ -11,7 +11,7 @@ Nothing here knows a particular pass; ``graphopt.passes`` fills the registry.
 - ``runner``: the order of events
 """
 
-from graphopt.pipeline.base import Context, Pass, PassResult, Preserves, Removal
+from graphopt.pipeline.base import Context, Pass, PassResult, Preserves, Reference, Removal
 from graphopt.pipeline.options import OptionDoc, choice, describe, summary
 from graphopt.pipeline.pipeline import Pipeline
 from graphopt.pipeline.registry import find_pass, register, registered
@@ -26,6 +26,7 @@ __all__ = [
     "PassResult",
     "Pipeline",
     "Preserves",
+    "Reference",
     "Removal",
     "Verify",
     "choice",

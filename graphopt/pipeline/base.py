@@ -20,9 +20,10 @@ from graphopt.graph import Graph
 from graphopt.importance import Loss
 from graphopt.pipeline import options
 from graphopt.pipeline.text import Call, print_literal
+from graphopt.plan import Plan
 from graphopt.report import Site
 
-__all__ = ["Context", "Pass", "PassResult", "Preserves", "Removal"]
+__all__ = ["Context", "Pass", "PassResult", "Preserves", "Reference", "Removal"]
 
 
 class Preserves(StrEnum):
@@ -55,6 +56,19 @@ class PassResult:
 
     graph: Graph
     removal: Removal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The model that the graph is measured against after indices were removed from it.
+
+    Attributes:
+        graph: The graph from before the removals, as the last lossless change left it.
+        plan: What is left of that graph's tensors, by the names they have there and still have.
+    """
+
+    graph: Graph
+    plan: Plan
 
 
 @dataclass(frozen=True)
@@ -106,6 +120,7 @@ class Context:
         loss: Makes a scalar of outputs and labels; None stands for cross entropy.
         evaluate: The caller's own metric of a module, higher is better.
         seed: Seeds whatever is random.
+        reference: What the model was before indices were removed; None where none were since the last lossless change.
         left_alone: Groups that must stay whole, by name, each with the reason: what verification refused before.
         sites: What was done and what was not, in the order in which the pass said so.
         notes: Sentences for the report.
@@ -118,6 +133,7 @@ class Context:
     loss: Loss | None = None
     evaluate: Callable[[Any], float] | None = None
     seed: int = 0
+    reference: Reference | None = None
     left_alone: Mapping[str, str] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -5,18 +5,17 @@ What may live here: the order of events. What a promise is and how it is checked
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from graphopt.cost import Cost, CostModel
 from graphopt.dialects.aten import infer
 from graphopt.errors import BudgetError, GraphOptError, PassError, VerificationError
-from graphopt.pipeline.base import Context, Pass, PassResult, Preserves
+from graphopt.pipeline.base import Context, Pass, PassResult, Preserves, Reference
 from graphopt.pipeline.promises import Failure, Promise, find_offenders, measure, same
 from graphopt.plan import Plan
 from graphopt.report import Comparison, PassRecord
@@ -143,6 +142,8 @@ class _Run:
             removal = attempt.promise.removal
             if removal is not None:
                 outcome.plan = outcome.plan.then(Plan.of(removal.typing, removal.keep))
+            if record.changed:
+                self._follow(attempt.promise, each)
             outcome.graph, cost = attempt.after, record.after
             outcome.records.append(record)
             if record.changed:
@@ -151,6 +152,17 @@ class _Run:
         outcome.comparisons = self.settled
         return outcome
 
+    def _follow(self, promise: Promise, each: Pass) -> None:
+        """Let the reference follow a change: it is what stood before the removals since the last lossless change."""
+        reference, removal = self.context.reference, promise.removal
+        if removal is not None:
+            if reference is None or not same(promise.before, promise.edited):
+                reference = Reference(removal.typing.graph, Plan())
+            reference = replace(reference, plan=reference.plan.then(Plan.direct(removal.typing, removal.keep)))
+        elif each.preserves is not Preserves.APPROXIMATE:
+            reference = None
+        self.context = replace(self.context, reference=reference)
+
     def _one(self, position: int, each: Pass, before: Graph, cost: Cost) -> tuple[PassRecord, _Attempt]:
         """Run one pass until its promise is kept."""
         refused: dict[str, str] = {}
@@ -158,7 +170,7 @@ class _Run:
         for _ in range(MOST_ATTEMPTS):
             self.observer.stage(each.name)
             left_alone = {**self.context.left_alone, **refused}
-            context = dataclasses.replace(self.context, left_alone=left_alone, sites=[], notes=[])
+            context = replace(self.context, left_alone=left_alone, sites=[], notes=[])
             start = time.perf_counter()
             try:
                 result = self._applied(position, each, before, context)
@@ -243,7 +255,7 @@ class _Run:
             attempt.comparisons = [measure(each.name, before, attempt.after, *given) for given in self.inputs]
         elif self.verify == "final":
             self._postpone(position, promise)
-        else:
+        elif promise.removal is not None or not same(before, attempt.after):
             self.observer.stage(f"verify {each.name}")
             for found in promise.comparisons(attempt.after, self.inputs):
                 if isinstance(found, Failure) or not found.passed:
