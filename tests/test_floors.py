@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"graph"}),
-    frozenset({"axes"}),
+    frozenset({"axes", "aliases"}),
     frozenset({"dialects", "plan", "importance", "cost"}),
-    frozenset({"capture", "report", "rewrite", "verify", "allocation"}),
+    frozenset({"capture", "report", "rewrite", "editing", "verify", "allocation"}),
     frozenset({"pipeline"}),
     frozenset({"passes"}),
     frozenset({"targets"}),

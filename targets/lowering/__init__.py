@@ -4,7 +4,7 @@ What may live here: rewrites that make a graph ready, one a file, and one transl
 translation emits standard ONNX operators for one call; it reads arguments by schema name and types from the graph,
 so nothing is traced or exported a second time. Importing this package does not import ``onnx``.
 
-- ``fold``, ``functionalise``: the rewrites, in this order; ``aliases``: which values share memory
+- ``fold``, ``functionalise``: the rewrites, in this order
 - ``emitter``: nodes, constants and sizes of an ONNX graph under construction
 - ``elementwise``, ``contraction``, ``normalisation``, ``reduction``, ``shape``, ``indexing``, ``creation``,
   ``spatial``, ``symbols``: the translations

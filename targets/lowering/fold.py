@@ -9,8 +9,8 @@ from typing import Any, Final
 import torch
 from torch import fx
 
+from graphopt.aliases import family, source, written
 from graphopt.graph import OWNER, SPEC, Graph, TensorSpec, get_attribute, set_tensor
-from graphopt.targets.lowering.aliases import family, source, written
 
 GROWTH_LIMIT: Final = 1 << 22
 """Bytes by which a folded constant may exceed the tensors it is computed from."""

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.aliases import NO_WRITES, family, memory, source, written
 from graphopt.errors import UnsupportedOperatorError
 from graphopt.graph import SPEC, Call, Graph, TensorSpec, tensor_spec
-from graphopt.targets.lowering.aliases import NO_WRITES, family, memory, source, written
 from graphopt.verify import flatten_inputs
 
 aten = torch.ops.aten

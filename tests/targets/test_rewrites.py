@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graphopt.aliases import family, root, source, written
 from graphopt.capture import capture
 from graphopt.errors import UnsupportedOperatorError
 from graphopt.graph import Graph
 from graphopt.targets.lowering import names
-from graphopt.targets.lowering.aliases import family, root, source, written
 from graphopt.targets.lowering.fold import fold_constants
 from graphopt.targets.lowering.functionalise import functionalise
 from graphopt.targets.lowering.translate import translate

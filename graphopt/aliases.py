@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 import torch
@@ -52,6 +52,15 @@ def root(node: fx.Node) -> fx.Node:
     while (before := source(node)) is not None:
         node = before
     return node
+
+
+def roots(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return the :func:`root` of each of all nodes of a graph, in order, in one sweep."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        before = source(node)
+        found[node] = node if before is None else found[before]
+    return found
 
 
 def family(node: fx.Node) -> Iterator[fx.Node]:
