@@ -29,12 +29,14 @@ class ScoreContext:
         typing: The typed graph, with its groups and its tensors. Criteria change neither.
         calibration: Batches of the model's inputs, or of `(inputs, labels)`; iterated anew by each criterion.
         loss: Makes a scalar of the model's outputs and the labels; cross entropy where it is not given.
+        notes: What a criterion says of single groups, by name: where it had to score one otherwise than it scores.
         parameters: The floating-point parameters that hold an index of some group, by name; buffers are no parameters.
     """
 
     typing: Typing
     calibration: Iterable[Any] | None = None
     loss: Loss | None = None
+    notes: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,14 @@ from graphopt.importance.criterion import ScoreContext, Scores
 from graphopt.importance.normalizers import normalize
 from graphopt.importance.slices import in_float, slice_sums
 
+if TYPE_CHECKING:
+    from graphopt.axes.groups import Group
+
 __all__ = ["GroupTaylor"]
+
+HEADS = frozenset({"heads", "kv heads", "query heads per kv head"})
+DIVISORS = {**dict.fromkeys(HEADS, 6), "qk dim": 2, "head dim": 2}
+"""NViT's constants by role; that of an embedding channel is counted."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +35,38 @@ class GroupTaylor:
     of ``(Σ_{w in S} w · ∂L/∂w)²``. The square is taken after the sum: contributions of opposite sign inside a slice
     cancel, as they do in the loss. For a loss that is linear in the parameters it equals the true squared change.
 
+    Slices of different kinds are of different size: an embedding channel of a transformer runs through every block.
+    With ``component=nvit`` the sum of a slice is divided, before it is squared, by a constant of its kind, as in NViT:
+    an embedding channel by the number of blocks it runs through, a head by 6, an index of the query-key width by 2,
+    any other by 1. Kinds are told by the group's role; blocks are counted by the groups of heads whose projections
+    have the channel, so a stage of a hierarchical transformer counts its own. A head width that queries, keys and
+    values share is divided as the query-key width; 6 is half of NViT's number of blocks, and not adapted. A constant
+    for a whole group cancels under a normaliser that is relative to the group, so this asks for ``normalizer=none``.
+
     Needs calibration data with labels, or with a loss that takes none.
 
     Args:
         batches: how many batches to use; 0 for all.
+        component: ``nvit`` divides the sums by constants of their kind; ``none`` does not.
         normalizer: how groups are made comparable, a key of `NORMALIZERS`.
+
+    Raises:
+        PipelineError: a component normaliser is combined with one that cancels it.
 
     Source: Molchanov et al. 2019, arXiv:1906.10771, equation 8; Yang et al. 2023 (NViT), arXiv:2110.04869, section 3.
     """
 
     name: ClassVar[str] = "group-taylor"
     batches: int = 0
+    component: Literal["none", "nvit"] = "none"
     normalizer: str = "distortion"
+
+    def __post_init__(self) -> None:
+        if self.component != "none" and self.normalizer != "none":
+            raise PipelineError(
+                f"{self.name}: component={self.component} scales whole groups, and normalizer={self.normalizer} is "
+                "relative to the group, so one would undo the other: write normalizer=none, or leave component out"
+            )
 
     def score(self, context: ScoreContext) -> Scores:
         """Return the normalised scores.
@@ -54,12 +81,13 @@ class GroupTaylor:
                 "or choose a criterion that looks at the parameters alone, such as l2"
             )
         totals: Scores = {}
+        divisors = nvit_divisors(context.typing.groups) if self.component == "nvit" else {}
         count = 0
         found = batches(context.calibration, context.typing.graph)
         for batch in islice(found, self.batches or None):
             products = self._products(context, batch, count)
             for group, sums in slice_sums(context, products).items():
-                totals[group] = totals.get(group, 0.0) + sums**2
+                totals[group] = totals.get(group, 0.0) + (sums / divisors.get(group, 1)) ** 2
             count += 1
         if count == 0:
             raise PipelineError(f"the criterion {self.name} needs gradients, and the calibration data holds no batch")
@@ -86,3 +114,16 @@ class GroupTaylor:
             for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
             if gradient is not None
         }
+
+
+def nvit_divisors(groups: Sequence[Group]) -> dict[str, int]:
+    """Return what the sums of each group's slices are divided by."""
+    tensors = {group.name: {place.tensor for place in group.places} for group in groups}
+    blocks = [tensors[group.name] for group in groups if group.role in HEADS - {"query heads per kv head"}]
+
+    def divisor(group: Group) -> int:
+        if group.role != "channels":
+            return DIVISORS.get(group.role, 1)
+        return max(1, sum(not block.isdisjoint(tensors[group.name]) for block in blocks))
+
+    return {group.name: divisor(group) for group in groups}

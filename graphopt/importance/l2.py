@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from graphopt.importance.criterion import ScoreContext, Scores
 from graphopt.importance.normalizers import normalize
-from graphopt.importance.slices import in_float, slice_sums
+from graphopt.importance.slices import squared_magnitudes
 
 __all__ = ["L2"]
 
@@ -32,8 +30,4 @@ class L2:
 
     def score(self, context: ScoreContext) -> Scores:
         """Return the normalised sums of squares."""
-        return normalize(slice_sums(context, context.parameters, _squares), self.normalizer, context)
-
-
-def _squares(weight: Tensor) -> Tensor:
-    return in_float(weight).square()
+        return normalize(squared_magnitudes(context), self.normalizer, context)

@@ -21,7 +21,7 @@ from torch import Tensor
 from graphopt.axes.algebra import Atom, Axis, Concat, Product, index_at, leaves
 from graphopt.importance.criterion import ScoreContext, Scores
 
-__all__ = ["in_float", "reach", "slice_sums"]
+__all__ = ["in_float", "project", "reach", "slice_sums", "squared_magnitudes"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -49,18 +49,27 @@ def slice_sums(
     sums = {group.atom: np.zeros(group.size) for group in typing.groups}
     atoms = _AtomsOf(sums.keys())
     for name in context.parameters:
-        axes = typing.tensors[name]
-        dims = [dim for dim, axis in enumerate(axes) if atoms[axis]]
         tensor = tensors.get(name)
         if tensor is None:
             continue
+        axes = typing.tensors[name]
+        dims = [dim for dim, axis in enumerate(axes) if atoms[axis]]
         for dim, marginal in _marginals(tensor, dims, value):
-            _project(axes[dim], marginal.double().numpy(force=True), sums)
+            project(axes[dim], marginal.double().numpy(force=True), sums)
         for i, later in enumerate(dims):
             before = frozenset().union(*(atoms[axes[d]] for d in dims[:i]))
             for atom in atoms[axes[later]] & before:
                 sums[atom] -= _counted_before(value(tensor), axes, dims[:i], later, atom)
     return {group.name: sums[group.atom] for group in typing.groups}
+
+
+def squared_magnitudes(context: ScoreContext) -> Scores:
+    """Return, for each index of each group, the sum of the squares of the parameters in its slice."""
+    return slice_sums(context, context.parameters, _squares)
+
+
+def _squares(weight: Tensor) -> Tensor:
+    return in_float(weight).square()
 
 
 def reach(context: ScoreContext) -> dict[str, float]:
@@ -79,7 +88,7 @@ def reach(context: ScoreContext) -> dict[str, float]:
         for axis in typing.tensors[name]:
             if atoms[axis]:
                 shares = {atom: np.zeros(atom.size) for atom in atoms[axis]}
-                _project(axis, np.full(axis.size, 1 / axis.size), shares)
+                project(axis, np.full(axis.size, 1 / axis.size), shares)
                 for atom, share in shares.items():
                     missed[atom] = missed.get(atom, 1.0) * (1 - float(share.sum()))
         for atom, share_missed in missed.items():
@@ -123,21 +132,21 @@ def _marginals(tensor: Tensor, dims: Sequence[int], value: Callable[[Tensor], Te
             yield dim + 1, marginal
 
 
-def _project(axis: Axis, marginal: Floats, sums: dict[Atom, Floats]) -> None:
+def project(axis: Axis, marginal: Floats, sums: dict[Atom, Floats]) -> None:
     """Add the entries of ``marginal``, one a position of ``axis``, to the indices that hold the position."""
     if isinstance(axis, Atom):
         if axis.bound is not None:
-            _project(axis.bound, marginal, sums)
+            project(axis.bound, marginal, sums)
         elif axis in sums:
             sums[axis] += marginal
     elif isinstance(axis, Product):
         grid = marginal.reshape([f.size for f in axis.factors])
         for i, factor in enumerate(axis.factors):
-            _project(factor, grid.sum(axis=tuple(j for j in range(grid.ndim) if j != i)), sums)
+            project(factor, grid.sum(axis=tuple(j for j in range(grid.ndim) if j != i)), sums)
     elif isinstance(axis, Concat):
         start = 0
         for part in axis.parts:
-            _project(part, marginal[start : start + part.size], sums)
+            project(part, marginal[start : start + part.size], sums)
             start += part.size
 
 

@@ -63,9 +63,10 @@ class PruneChannels(Pass):
             channel_multiple=lcm(self.constraints.channel_multiple, context.channel_multiple),
         )
         groups = [group for group in typing.groups if group.name not in context.left_alone]
-        scores = self._seeded(context.seed).score(ScoreContext(typing, context.calibration, context.loss))
+        scoring = ScoreContext(typing, context.calibration, context.loss)
+        scores = self._seeded(context.seed).score(scoring)
         keep = self.allocation.allocate(groups, scores, costs, budget, constraints)
-        self._account(typing, costs, constraints, keep, context)
+        self._account(costs, constraints, keep, scoring, context)
         return PassResult(graph, Removal(typing, keep) if keep else None)
 
     def _budget(self, context: Context, costs: CostModel) -> Budget:
@@ -94,9 +95,10 @@ class PruneChannels(Pass):
         return dataclasses.replace(self.importance, seed=self.importance.seed + seed)  # type: ignore[type-var,attr-defined]
 
     def _account(
-        self, typing: Typing, costs: CostModel, constraints: Constraints, keep: Keep, context: Context
+        self, costs: CostModel, constraints: Constraints, keep: Keep, scoring: ScoreContext, context: Context
     ) -> None:
-        """Say of every group what was done with it, or why nothing was."""
+        """Say of every group what was done with it, or why nothing was, and what the criterion had to say of it."""
+        typing = scoring.typing
         limits = constraints.limits(typing.groups, costs.names)
         stakes = at_stake(costs)
         for group, lower in zip(typing.groups, limits.lower, strict=True):
@@ -110,12 +112,13 @@ class PruneChannels(Pass):
                 "params": params,
                 "flops": flops,
             }
+            note = f"; {scoring.notes[group.name]}" if group.name in scoring.notes else ""
             if group.atom in keep:
                 what = f"kept {facts['kept']} of {plural(group.size, 'index', 'indices')}"
-                context.applied(group.name, what, **facts)
+                context.applied(group.name, what + note, **facts)
             else:
                 reason = self._why_whole(group, bool(lower == group.size), constraints, context.left_alone)
-                context.skipped(group.name, reason, **facts)
+                context.skipped(group.name, reason + note, **facts)
 
     def _why_whole(self, group: Group, bound: bool, constraints: Constraints, left_alone: Mapping[str, str]) -> str:
         if group.name in left_alone:

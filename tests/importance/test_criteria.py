@@ -46,7 +46,10 @@ def labelled(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize(("name", "kind"), CRITERIA.items())
-def test_criteria_are_frozen_dataclasses_with_their_name(name: str, kind: type[Criterion], typing: Typing) -> None:
+def test_criteria_are_frozen_dataclasses_with_their_name(name: str, kind: type[Criterion]) -> None:
+    typing = infer(
+        capture(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), Perceptron()).eval(), (torch.randn(2, 4),))
+    )
     criterion = kind()
     assert isinstance(criterion, Criterion)
     assert kind.name == name
@@ -125,6 +128,49 @@ def test_taylor_is_the_true_squared_change_of_a_linear_loss() -> None:
             masked[index] = 0
             change = whole - ((inputs @ wide.inner) * masked).sum()
             assert found[group.name][index] == pytest.approx(float(change) ** 2, rel=1e-4, abs=1e-10)
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Typing:
+    layers = nn.Sequential(Block(8), nn.Flatten(1), nn.Linear(24, 3))
+    return infer(
+        capture(nn.Sequential(nn.Linear(4, 8), *(Block(8) for _ in range(3)), layers), (torch.randn(2, 3, 4),))
+    )
+
+
+class Block(nn.Module):
+    """One attention of two heads and one perceptron, each on a residual."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
+        self.proj = nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 6), nn.Linear(6, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        attended = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(attended)
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def test_taylor_divides_by_what_the_kind_of_a_group_is_worth(transformer: Typing) -> None:
+    context = ScoreContext(transformer, [(torch.randn(4, 3, 4), torch.randint(3, (4,)))])
+    plain = GroupTaylor(normalizer="none").score(context)
+    divided = GroupTaylor(component="nvit", normalizer="none").score(context)
+    divisors: dict[str, set[int]] = {}
+    for group in transformer.groups:
+        kind = "embedding" if group.places[0].tensor == "0.weight" else group.role
+        ratio = np.sqrt(plain[group.name] / divided[group.name])
+        assert ratio == pytest.approx(np.full(group.size, round(ratio[0])))
+        divisors.setdefault(kind, set()).add(round(ratio[0]))
+    assert divisors == {"embedding": {4}, "heads": {6}, "qk dim": {2}, "v dim": {1}, "channels": {1}}
+
+
+@pytest.mark.parametrize("normalizer", ["distortion", "mean", "lamp"])
+def test_taylor_refuses_constants_that_would_cancel(normalizer: str) -> None:
+    with pytest.raises(PipelineError, match=f"normalizer={normalizer} is relative to the group, so one would undo"):
+        GroupTaylor(component="nvit", normalizer=normalizer)
 
 
 def test_taylor_uses_as_many_batches_as_asked(typing: Typing) -> None:
