@@ -8,22 +8,19 @@ indices' parameters set to zero; where an operator normalises over them, what it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
-from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves
 from graphopt.axes.infer import Resizer, Typing, Value
 from graphopt.graph import Call, Graph
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from graphopt.sweep import default_dtype, flatten_inputs, own, promote
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 """Largest relative difference of outputs that counts as equal, by the precision of the comparison."""
@@ -177,21 +174,15 @@ class _Evaluator(fx.Interpreter):
 
     def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         flat = flatten_inputs(self.traced, args, kwargs)
-        with torch.no_grad(), _default_dtype(torch.float64) if self.double else nullcontext():
-            return self.run(*[self._promote(_own(x)) for x in flat], enable_io_processing=False)
+        with torch.no_grad(), default_dtype(torch.float64) if self.double else nullcontext():
+            return self.run(*[self._promote(own(x)) for x in flat], enable_io_processing=False)
 
     def _promote(self, value: Any) -> Any:
-        if not self.double:
-            return value
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            return value.detach().double()
-        if isinstance(value, torch.dtype) and value.is_floating_point:
-            return torch.float64
-        return value
+        return promote(value) if self.double else value
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)
-        return self._promote(value if isinstance(value, torch.nn.Parameter) else _own(value))
+        return self._promote(value if isinstance(value, torch.nn.Parameter) else own(value))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if self.double:
@@ -273,26 +264,3 @@ class _MaskedEvaluator(_Evaluator):
     @staticmethod
     def _kept(axis: Axis, keep: Mapping[Atom, Indices]) -> Indices | None:
         return kept_positions(axis, keep) if any(leaf in keep for leaf in leaves(axis)) else None
-
-
-def flatten_inputs(module: fx.GraphModule, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the values of the graph's placeholders for a call of the module."""
-    info = getattr(module.graph._codegen, "pytree_info", None)
-    if info is None or info.in_spec is None:
-        return list(args)
-    return list(fx_pytree.tree_flatten_spec((args, dict(kwargs)), info.in_spec))
-
-
-def _own(value: Any) -> Any:
-    """Copy an input or a buffer, for the model may write into it."""
-    return value.clone() if isinstance(value, torch.Tensor) else value
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

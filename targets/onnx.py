@@ -14,11 +14,11 @@ import torch
 
 from graphopt.errors import LoweringError, UnsupportedOperatorError, VerificationError
 from graphopt.graph import Graph
+from graphopt.sweep import flatten_inputs
 from graphopt.targets import program as programs
 from graphopt.targets.base import Check, Lowered, Target, require, staged
 from graphopt.targets.lowering.storage import EMBEDDED_LIMIT, embed, write
 from graphopt.targets.lowering.translate import Translated, translate
-from graphopt.verify import flatten_inputs
 
 FILE = "model.onnx"
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"graph"}),
-    frozenset({"axes", "aliases"}),
+    frozenset({"axes", "aliases", "moments", "sweep"}),
     frozenset({"dialects", "plan", "importance", "cost"}),
     frozenset({"capture", "report", "rewrite", "editing", "verify", "allocation"}),
     frozenset({"pipeline"}),

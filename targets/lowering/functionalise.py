@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.aliases import NO_WRITES, family, memory, source, written
 from graphopt.errors import UnsupportedOperatorError
 from graphopt.graph import SPEC, Call, Graph, TensorSpec, tensor_spec
-from graphopt.verify import flatten_inputs
+from graphopt.sweep import flatten_inputs
 
 aten = torch.ops.aten
 
