@@ -23,14 +23,14 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-import graphopt.passes  # noqa: F401  # fills the registry
 from graphopt.allocation import Budget
 from graphopt.capture import capture
 from graphopt.cost import CostModel
 from graphopt.dialects.aten import infer
 from graphopt.errors import BudgetError, CaptureError, GraphOptError, LoweringError, PipelineError, unknown_name
 from graphopt.graph import Graph
-from graphopt.importance.calibration import batches
+from graphopt.importance.calibration import Loss, batches
+from graphopt.passes import FineTune
 from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer
 from graphopt.pipeline import run as run_pipeline
 from graphopt.plan import Plan
@@ -58,6 +58,7 @@ class Result:
         plan: Which indices of the input model's tensors are left.
         artifacts: The files that were written, by kind.
         report: What was done, what was not, and why.
+        graph: The graph that ``module`` runs, with its example inputs, for passes and targets.
     """
 
     module: fx.GraphModule = field(repr=False)
@@ -65,6 +66,7 @@ class Result:
     plan: Plan = field(repr=False)
     artifacts: Mapping[str, Path]
     report: Report = field(repr=False)
+    graph: Graph = field(repr=False)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -84,7 +86,10 @@ def optimize(
     budget: Budget | None = None,
     pipeline: Pipeline | Pass | Iterable[Pass] | str | Path | None = None,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     evaluate: Callable[[Any], float] | None = None,
+    finetune: Callable[[Any], object] | None = None,
+    steps: int = 1,
     output: str | os.PathLike[str] | None = None,
     verify: Verify = "each",
     seed: int = 0,
@@ -95,16 +100,23 @@ def optimize(
     the same result.
 
     Args:
-        model: an ``nn.Module``, an ``ExportedProgram``, an ``fx.GraphModule``, the path of a ``.pt2`` file, or a
-            :class:`~graphopt.graph.Graph` that was captured before (``capture`` names further dynamic dimensions).
+        model: an ``nn.Module``, an ``ExportedProgram``, an ``fx.GraphModule``, the path of a ``.pt2`` file, a
+            :class:`~graphopt.graph.Graph` that was captured before (``capture`` names further dynamic dimensions), or
+            an earlier :class:`Result`, whose plan and the new one's compose: ``first.plan.then(second.plan)``.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a pair of both; not needed
             where the model carries or describes its inputs. Costs are those of these inputs' batch.
         target: what the result is for: "torch", "onnx", or a target of your own.
         budget: what the result may cost at most. Without one only lossless passes run.
-        pipeline: the passes to run, in place of the default: a ``Pipeline``, its text, or the path of a ``.toml``.
+        pipeline: the passes to run, in place of the target's default: a ``Pipeline``, its text, or the path of a
+            ``.toml``.
         calibration: batches of inputs, or of ``(inputs, labels)``, for criteria that look at data; the first batch is
             what promises are checked on.
+        loss: makes a scalar of the model's outputs and a batch's labels, for criteria that look at gradients; cross
+            entropy of the first output where it is not given.
         evaluate: a metric of a module, higher is better; called on a copy before and after, and reported.
+        finetune: trains a module in place; called after each step of pruning, before layers are merged for deployment.
+            Without it, train ``result.module`` yourself.
+        steps: in how many steps to prune; each leaves the same share of what it finds.
         output: the folder for the artifacts, the report and a manifest; it is left as it was if anything fails.
         verify: check what passes promise after each of them ("each"), once at the end ("final"), or never ("off").
         seed: seeds whatever is random.
@@ -122,9 +134,10 @@ def optimize(
         >>> result = graphopt.optimize(model, example_inputs, budget=graphopt.Budget(flops=0.5))  # doctest: +SKIP
         >>> print(result.report)  # doctest: +SKIP
     """
-    _check_options(budget, verify, seed)
+    _check_options(budget, verify, seed, steps)
     chosen = find_target(target)
-    passes = _pipeline(chosen, budget, pipeline)
+    passes = _pipeline(chosen, budget, pipeline, calibration is not None)
+    passes = _stepped(passes, steps, finetune)
     folder = _folder(output)
     clock = _Clock()
     with _seeded(seed):
@@ -140,11 +153,13 @@ def optimize(
             budget=budget,
             channel_multiple=chosen.channel_multiple,
             calibration=data,
+            loss=loss,
             evaluate=evaluate,
+            train=finetune,
             seed=seed,
         )
         with clock("passes"):
-            outcome = run_pipeline(passes, graph, context, inputs=inputs, verify=verify)
+            outcome = run_pipeline(passes, graph, context, inputs=inputs, verify=verify, forgiving=pipeline is None)
         after = _scored(evaluate, outcome.graph, clock, "evaluate after")
         report = Report(
             model=_name(model),
@@ -168,7 +183,7 @@ def optimize(
         lowered, artifacts = _lowered(chosen, outcome, folder, report, clock)
     module = outcome.graph.module
     module.train(graph.training)
-    return Result(module, lowered.onnx, outcome.plan, artifacts, report)
+    return Result(module, lowered.onnx, outcome.plan, artifacts, report, outcome.graph)
 
 
 def inspect(model: Any, example_inputs: Any = None) -> Inspection:
@@ -208,7 +223,7 @@ def explain(model: Any, parameter: str, dim: int, example_inputs: Any = None) ->
 # -- before the passes ----------------------------------------------------------------------------------------------
 
 
-def _check_options(budget: Any, verify: Any, seed: Any) -> None:
+def _check_options(budget: Any, verify: Any, seed: Any, steps: Any) -> None:
     if budget is not None and not isinstance(budget, Budget):
         raise BudgetError(
             f"budget must be a graphopt.Budget, such as graphopt.Budget(flops=0.5); found {type(budget).__name__} "
@@ -218,6 +233,8 @@ def _check_options(budget: Any, verify: Any, seed: Any) -> None:
         raise PipelineError(unknown_name("value of verify:", str(verify), get_args(Verify)))
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise PipelineError(f"seed must be an integer, 0 or above; found {seed!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise PipelineError(f"steps must be an integer, 1 or above; found {steps!r}")
 
 
 def _folder(output: str | os.PathLike[str] | None) -> Path | None:
@@ -234,16 +251,30 @@ def _folder(output: str | os.PathLike[str] | None) -> Path | None:
     return folder
 
 
-def _pipeline(target: Target, budget: Budget | None, pipeline: Any) -> Pipeline:
-    """Return the target's passes, then the caller's, or by default as much pruning as the budget asks for."""
-    first = Pipeline.parse(target.pipeline(budget))
-    if pipeline is not None:
-        return first + Pipeline.of(pipeline)
-    return first + Pipeline.parse("prune-channels" if budget is not None else "")
+def _pipeline(target: Target, budget: Budget | None, pipeline: Any, calibration: bool) -> Pipeline:
+    """Return the caller's passes, or by default the target's."""
+    return Pipeline.of(pipeline) if pipeline is not None else Pipeline.parse(target.pipeline(budget, calibration))
+
+
+def _stepped(passes: Pipeline, steps: int, finetune: Any) -> Pipeline:
+    """Return the passes with pruning done in steps, each followed by the caller's training if there is any."""
+    by_hand = any(isinstance(each, FineTune) for each in passes)
+    if not any(hasattr(each, "progress") for each in passes):
+        if steps > 1:
+            raise PipelineError(f"steps={steps} was asked for, but no pass of the pipeline '{passes}' prunes in steps")
+        if finetune is not None and not by_hand:
+            raise PipelineError(
+                f"finetune was given, but nothing is pruned: give a budget, or add {FineTune.name} to the pipeline "
+                f"'{passes}'"
+            )
+        return passes
+    return passes.stepped(steps, Pipeline([FineTune()]) if finetune is not None and not by_hand else None)
 
 
 def _captured(model: Any, example_inputs: Any) -> Graph:
     observer().stage("capture")
+    if isinstance(model, Result):
+        model = model.graph
     if not isinstance(model, Graph):
         return capture(model, example_inputs)
     graph = capture(model.module, model.example_inputs if example_inputs is None else example_inputs)
@@ -382,11 +413,11 @@ def _budget_lines(budget: Budget | None, passes: Pipeline, report: Report) -> li
 def _warnings(report: Report, outcome: Outcome, budget: Budget | None) -> list[str]:
     found = []
     for record in outcome.records:
+        mistake = "The result is right, but this is a mistake in graphopt: please report the model"
         for name, why in record.left_alone.items():
-            found.append(
-                f"{record.name} left the group {name} alone: cutting it gave a wrong model ({why}). The result is "
-                "right, but this is a mistake in graphopt: please report the model"
-            )
+            found.append(f"{record.name} left {name} alone: changing it gave a wrong model ({why}). {mistake}")
+        if record.left_out:
+            found.append(f"{record.name} was left out: {record.left_out}. {mistake}")
     if not report.changed:
         if not report.pipeline:
             found.append(

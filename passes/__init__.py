@@ -7,5 +7,6 @@ if __name__ != "graphopt.passes":
     )
 
 from graphopt.passes.prune import PruneChannels
+from graphopt.passes.recover import FineTune
 
-__all__ = ["PruneChannels"]
+__all__ = ["FineTune", "PruneChannels"]

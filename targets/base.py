@@ -97,14 +97,17 @@ class Target(ABC):
     channel_multiple: int = 1
     check: bool = True
 
-    def pipeline(self, budget: Any) -> str:
-        """Return the passes that must run before the user's own, in a pipeline's textual form; "" for none.
+    def pipeline(self, budget: Any, calibration: bool = False) -> str:
+        """Return the passes that run by default, in a pipeline's textual form.
+
+        The caller's own pipeline takes their place.
 
         Args:
             budget: the budget asked for, or ``None`` where only lossless passes may run.
+            calibration: there is data to calibrate on.
         """
-        del budget
-        return ""
+        del calibration
+        return "" if budget is None else "prune-channels"
 
     @abstractmethod
     def lower(self, graph: Graph, directory: Path | None = None) -> Lowered:

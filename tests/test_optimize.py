@@ -57,7 +57,10 @@ def test_signature() -> None:
         "budget",
         "pipeline",
         "calibration",
+        "loss",
         "evaluate",
+        "finetune",
+        "steps",
         "output",
         "verify",
         "seed",
@@ -65,7 +68,7 @@ def test_signature() -> None:
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     assert keyword_only == [*parameters][2:]
     defaults = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}
-    assert defaults == {"target": "torch", "verify": "each", "seed": 0}
+    assert defaults == {"target": "torch", "steps": 1, "verify": "each", "seed": 0}
 
 
 class TestResult:
@@ -213,6 +216,91 @@ def test_verification_is_reported(model: nn.Module, verify: Any) -> None:
     assert any("nothing was verified" in warning for warning in report.warnings) == (verify == "off")
 
 
+# -- training between steps, and results as models ---------------------------------------------------------------------
+
+
+class TestSteps:
+    def test_training_follows_every_step(self, model: nn.Module) -> None:
+        seen: list[tuple[int, bool]] = []
+
+        def train(module: nn.Module) -> None:
+            seen.append((sum(p.numel() for p in module.parameters()), module.training))
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.add_(0.01)
+
+        before = weights(model)
+        result = graphopt.optimize(model, images(), budget=HALF, finetune=train, steps=3)
+        assert [record.name for record in result.report.passes] == ["prune-channels", "fine-tune"] * 3
+        counts = [count for count, _ in seen]
+        assert counts == sorted(counts, reverse=True)
+        assert len(set(counts)) == 3
+        assert all(training for _, training in seen)
+        assert result.report.after.flops <= 0.5 * result.report.before.flops
+        for name, dims in result.plan.keep.items():
+            expected = model.state_dict()[name]
+            for dim, kept in dims.items():
+                expected = expected.index_select(dim, torch.from_numpy(kept))
+            assert result.module.state_dict()[name].shape == expected.shape
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert not torch.equal(result.module.state_dict()["head.bias"], before["head.bias"])
+
+    def test_steps_without_training(self, model: nn.Module) -> None:
+        report = graphopt.optimize(model, images(), budget=HALF, steps=2).report
+        first, second = report.passes
+        assert second.after.flops <= report.before.flops / 2 < first.after.flops <= report.before.flops / 2**0.5
+        assert [first.text, second.text] == ["prune-channels{progress=0.5}", "prune-channels"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"steps": 2}, "no pass of the pipeline '' prunes in steps"),
+            ({"finetune": print}, "finetune was given, but nothing is pruned"),
+            ({"steps": 0}, "steps must be an integer, 1 or above; found 0"),
+            ({"steps": True}, "steps must be an integer, 1 or above; found True"),
+            ({"pipeline": "fine-tune"}, "fine-tune has nothing to call: pass finetune="),
+        ],
+    )
+    def test_what_makes_no_sense_is_refused(self, model: nn.Module, options: Any, message: str) -> None:
+        with pytest.raises(graphopt.PipelineError, match=message):
+            graphopt.optimize(model, images(), **options)
+
+    def test_training_that_breaks_off(self, model: nn.Module) -> None:
+        def train(module: nn.Module) -> None:
+            raise RuntimeError("out of data")
+
+        with pytest.raises(graphopt.PassError, match="finetune broke off: RuntimeError: out of data"):
+            graphopt.optimize(model, images(), budget=HALF, finetune=train)
+
+    def test_training_that_diverges(self, model: nn.Module) -> None:
+        def train(module: nn.Module) -> None:
+            with torch.no_grad():
+                next(module.parameters()).fill_(float("nan"))
+
+        with pytest.raises(graphopt.PassError, match="holds NaN or infinity: the training diverged"):
+            graphopt.optimize(model, images(), budget=HALF, finetune=train)
+
+
+class TestResultAsModel:
+    def test_the_plans_compose(self, model: nn.Module, result: Result) -> None:
+        for again in (result, result.module):
+            inputs = None if again is result else images()
+            second = graphopt.optimize(again, inputs, budget=HALF)
+            assert second.report.after.flops <= 0.5 * result.report.after.flops
+            whole = result.plan.then(second.plan)
+            left = whole.apply(model.state_dict())
+            for name, tensor in second.module.state_dict().items():
+                assert left[name].shape == tensor.shape
+                torch.testing.assert_close(left[name], tensor, rtol=0, atol=0)
+
+    def test_the_first_result_stays(self, result: Result) -> None:
+        before = weights(result.module)
+        text = result.graph.text()
+        graphopt.optimize(result, budget=HALF)
+        assert result.graph.text() == text
+        assert all(torch.equal(tensor, before[name]) for name, tensor in result.module.state_dict().items())
+
+
 # -- warnings -------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +349,7 @@ class TestWarnings:
         loud = [warning for warning in report.warnings if "please report the model" in warning]
         assert len(loud) == 2
         assert loud[0].startswith(
-            "prune-channels left the group second.weight[0] alone: cutting it gave a wrong model (the result does not "
+            "prune-channels left second.weight[0] alone: changing it gave a wrong model (the result does not "
         )
 
 
@@ -442,7 +530,7 @@ class TestErrors:
         lie_about_sigmoid(monkeypatch)
         with pytest.raises(graphopt.VerificationError) as raised:
             graphopt.optimize(Sigmoids(), torch.randn(3, 5), budget=graphopt.Budget(params=0.3))
-        assert str(raised.value).startswith("pass 1 'prune-channels' of the pipeline \"prune-channels\": cutting ")
+        assert str(raised.value).startswith("pass 1 'prune-channels' of the pipeline \"prune-channels\": changing ")
         assert "Without them the budget cannot be met" in str(raised.value)
         with pytest.raises(graphopt.VerificationError, match=r"did not keep its promise .* verify='each' finds"):
             graphopt.optimize(Sigmoids(), torch.randn(3, 5), budget=graphopt.Budget(params=0.5), verify="final")

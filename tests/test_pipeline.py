@@ -764,7 +764,7 @@ class TestBlame:
         with pytest.raises(VerificationError) as raised:
             execute([PruneChannels()], graph, budget=Budget(params=0.3))
         message = str(raised.value)
-        assert "cutting second.weight[0] gave a wrong model" in message
+        assert "changing second.weight[0] gave a wrong model" in message
         assert "Without them the budget cannot be met" in message
 
     def test_a_budget_that_does_not_is_met(self, graph: Graph) -> None:
@@ -774,6 +774,71 @@ class TestBlame:
         assert record.after.params <= 0.7 * record.before.params
         reasons = {site.name: site.reason for site in record.skipped}
         assert reasons["third.weight[1]"].startswith("left alone: cutting it gave a wrong model (")
+
+
+@dataclass(frozen=True)
+class Bump(Pass):
+    """Double every parameter whose name the option does not spare, and halve the result: wrong for the second layer."""
+
+    name: ClassVar[str] = "bump-parameters"
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+    asks: bool = True
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        for name, tensor in graph.tensors().items():
+            if self.asks and not context.allows(name):
+                continue
+            wrong = name.startswith("second")
+            graph.set_tensor(name, nn.Parameter(tensor.detach() * (2 if wrong else 1)))
+            context.applied(name, "bumped")
+        return PassResult(graph)
+
+
+class TestSites:
+    """A lossless pass that is wrong at some sites is run again without them."""
+
+    def test_sites_to_blame_are_found_and_left_alone(self, graph: Graph) -> None:
+        outcome = execute([Bump()], graph)
+        (record,) = outcome.records
+        assert sorted(record.left_alone) == ["second.bias", "second.weight"]
+        assert [site.name for site in record.applied] == ["first.weight", "first.bias", "third.weight", "third.bias"]
+        (reason,) = {site.reason.split(" (")[0] for site in record.skipped}
+        assert reason == "left alone: with it the result was wrong"
+        assert same_outputs(graph, outcome.graph)
+
+    def test_a_pass_that_spares_nothing_is_refused(self, graph: Graph) -> None:
+        with pytest.raises(VerificationError, match="did not keep its promise"):
+            execute([Bump(asks=False)], graph)
+
+    @pytest.mark.parametrize("broken", [Bump(asks=False), Raise("key"), Raise("pass")], ids=str)
+    def test_a_forgiving_run_goes_on_without_it(self, graph: Graph, broken: Pass) -> None:
+        outcome = execute([broken, Break()], graph, forgiving=True)
+        record, after = outcome.records
+        assert f"pass 1 '{broken.name}' of the pipeline" in record.left_out
+        assert (record.changed, record.before, after.before) == (False, record.after, record.before)
+        assert after.changed
+        assert all(c.passed for c in after.comparisons)
+
+    def test_a_budget_is_never_forgiven(self, graph: Graph) -> None:
+        with pytest.raises(BudgetError):
+            execute([Raise("budget")], graph, forgiving=True)
+
+
+class TestSteps:
+    def test_a_pruning_is_repeated_with_what_makes_up_for_it(self) -> None:
+        passes = Pipeline([Nothing(), PruneChannels(), Blur(), Scale(), Blur()])
+        assert str(passes.stepped(2, Pipeline([Negate()]))) == (
+            "do-nothing,prune-channels{progress=0.5},blur-parameter,negate-parameter,prune-channels,blur-parameter,"
+            "negate-parameter,scale-parameter,blur-parameter"
+        )
+
+    def test_one_step_changes_nothing(self) -> None:
+        passes = Pipeline([Nothing(), PruneChannels(progress=0.5), Blur()])
+        assert passes.stepped(1) == passes
+
+    def test_part_of_the_way_is_gone_in_parts(self) -> None:
+        found = Pipeline([PruneChannels(progress=0.5)]).stepped(2)
+        assert list(found) == [PruneChannels(progress=0.25), PruneChannels(progress=0.5)]
 
 
 class Gated(nn.Module):

@@ -52,10 +52,12 @@ class PassResult:
     Attributes:
         graph: The graph after the pass: the one it was handed, edited, or another one.
         removal: What was removed, from a pass that preserves the masked meaning; None where nothing was.
+        retrained: Parameters were trained, so that the model from before is no measure any more.
     """
 
     graph: Graph
     removal: Removal | None = None
+    retrained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +91,9 @@ class Pass(ABC):
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Apply the pass.
 
-        Every candidate site ends in :meth:`Context.applied` or :meth:`Context.skipped`; a refusal is no error.
+        Every candidate site ends in :meth:`Context.applied` or :meth:`Context.skipped`; a refusal is no error. A pass
+        that asks :meth:`Context.allows` before it acts on a site can be run again without the sites that made the
+        result wrong.
 
         Args:
             graph: the graph to change; the pass owns it, but not its tensors.
@@ -121,7 +125,9 @@ class Context:
         evaluate: The caller's own metric of a module, higher is better.
         seed: Seeds whatever is random.
         reference: What the model was before indices were removed; None where none were since the last lossless change.
-        left_alone: Groups that must stay whole, by name, each with the reason: what verification refused before.
+        train: Trains a module in place: what the caller gave as fine-tuning.
+        left_alone: Groups that must stay whole, and sites that must stay as they are, by name, each with the reason:
+            what verification refused before.
         sites: What was done and what was not, in the order in which the pass said so.
         notes: Sentences for the report.
     """
@@ -134,9 +140,17 @@ class Context:
     evaluate: Callable[[Any], float] | None = None
     seed: int = 0
     reference: Reference | None = None
+    train: Callable[[Any], object] | None = None
     left_alone: Mapping[str, str] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def allows(self, site: str) -> bool:
+        """Say whether the pass may act on ``site``; a refusal is written down, with the reason."""
+        why = self.left_alone.get(site)
+        if why is not None:
+            self.skipped(site, f"left alone: with it the result was wrong ({why})")
+        return why is None
 
     def applied(self, site: str, what: str = "", **facts: Any) -> None:
         """Say that the pass acted on ``site``: what it did, and the numbers for the report."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import PipelineError
 from graphopt.pipeline import options
-from graphopt.pipeline.base import Pass
+from graphopt.pipeline.base import Pass, Preserves
 from graphopt.pipeline.registry import find_pass
 from graphopt.pipeline.text import Word, parse_calls
 
@@ -102,6 +103,31 @@ class Pipeline(Sequence[Pass]):
         if isinstance(value, Path) or (isinstance(value, str) and value.strip().endswith(".toml")):
             return cls.load(value if isinstance(value, Path) else value.strip())
         return cls.parse(value) if isinstance(value, str) else cls(value)
+
+    def stepped(self, steps: int, between: Pipeline | None = None) -> Pipeline:
+        """Return the pipeline with every pruning done in steps.
+
+        A pass with the option ``progress``, together with the approximate passes that follow it, is repeated: at 1/k,
+        2/k, … of the way it goes here, each time followed by the passes of ``between``.
+
+        Args:
+            steps: how many, k.
+            between: what runs after each step, also after the last one.
+        """
+        made: list[Pass] = []
+        rest = list(self.passes)
+        while rest:
+            each = rest.pop(0)
+            progress = getattr(each, "progress", None)
+            if progress is None:
+                made.append(each)
+                continue
+            after = list(takewhile(lambda p: p.preserves is Preserves.APPROXIMATE, rest))
+            del rest[: len(after)]
+            for step in range(1, steps + 1):
+                part = replace(each, progress=progress * step / steps)  # type: ignore[call-arg]  # it has the option
+                made += [part, *after, *(between or ())]
+        return Pipeline(made)
 
     def to_toml(self) -> str:
         """Return the TOML form."""

@@ -5,10 +5,10 @@ What may live here: promises and their comparison on inputs. Who is told, and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
 from torch import nn
@@ -22,12 +22,14 @@ from graphopt.verify import Difference, equivalence, masked_equivalence
 if TYPE_CHECKING:
     from graphopt.graph import Graph
 
-__all__ = ["Failure", "Inputs", "Promise", "find_offenders", "measure", "same"]
+__all__ = ["Failure", "Inputs", "Promise", "bisect", "find_offenders", "measure", "same"]
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword inputs of one call."""
 
 MASKED: Final = "the pruned and the masked model"
+
+Name = TypeVar("Name", bound=Hashable)
 
 NOISE: Final = 0.1
 """How far constant parameters are moved for the second check, relative to their value."""
@@ -109,6 +111,10 @@ class Promise:
             if found is not None:
                 yield found
 
+    def broken(self, after: Graph, inputs: Sequence[tuple[str, Inputs]]) -> str | None:
+        """Say in words what is wrong with a graph, or None."""
+        return next((str(c) for c in self.comparisons(after, inputs) if isinstance(c, Failure) or not c.passed), None)
+
     def _compared_with_noise(self, removal: Removal, label: str, inputs: Inputs) -> Comparison | Failure | None:
         with generic_parameters(removal.typing.graph) as moved:
             if not moved:
@@ -135,7 +141,6 @@ def find_offenders(promise: Promise, inputs: Sequence[tuple[str, Inputs]]) -> di
     typing = removal.typing
     groups = [g for g in typing.groups if g.atom in removal.keep and len(removal.keep[g.atom]) < g.size]
     names = {g.atom: g.name for g in groups}
-    blamed: dict[str, str] = {}
 
     def wrong(atoms: Sequence[Atom]) -> str | None:
         keep = {a: removal.keep[a] for a in atoms}
@@ -144,23 +149,36 @@ def find_offenders(promise: Promise, inputs: Sequence[tuple[str, Inputs]]) -> di
             after = part.rewritten()
         except Exception as error:  # noqa: BLE001  # a resizer that meets what it does not expect raises anything
             return f"{type(error).__name__}: {error}"
-        return next((str(c) for c in part.comparisons(after, inputs) if isinstance(c, Failure) or not c.passed), None)
+        return part.broken(after, inputs)
 
-    def search(atoms: Sequence[Atom], sound: Sequence[Atom], found: str) -> list[Atom]:
-        """Return those of ``atoms`` that are sound together with ``sound``; all of them together are not: ``found``."""
-        if len(atoms) == 1:
-            blamed[names[atoms[0]]] = found
+    blamed = bisect([g.atom for g in groups], wrong)
+    return {names[atom]: why for atom, why in blamed.items()}
+
+
+def bisect(candidates: Sequence[Name], wrong: Callable[[Sequence[Name]], str | None]) -> dict[Name, str]:
+    """Return the candidates without which nothing is wrong, each with what is wrong with it; all others together pass.
+
+    Args:
+        candidates: what may be to blame.
+        wrong: says what is wrong when these candidates, and no others, take part; None where nothing is.
+    """
+    blamed: dict[Name, str] = {}
+
+    def search(part: Sequence[Name], sound: Sequence[Name], found: str) -> list[Name]:
+        """Return those of ``part`` that are sound together with ``sound``; all of them together are not: ``found``."""
+        if len(part) == 1:
+            blamed[part[0]] = found
             return []
-        passed: list[Atom] = []
-        for part in (atoms[: len(atoms) // 2], atoms[len(atoms) // 2 :]):
+        passed: list[Name] = []
+        for half in (part[: len(part) // 2], part[len(part) // 2 :]):
             together = [*sound, *passed]
-            failure = wrong([*together, *part])
-            passed += part if failure is None else search(part, together, failure)
+            failure = wrong([*together, *half])
+            passed += half if failure is None else search(half, together, failure)
         return passed
 
-    failure = wrong([g.atom for g in groups])
-    if failure is not None:
-        search([g.atom for g in groups], [], failure)
+    failure = wrong(candidates)
+    if failure is not None and candidates:
+        search(candidates, [], failure)
     return blamed
 
 

@@ -16,7 +16,7 @@ from graphopt.cost import Cost, CostModel
 from graphopt.dialects.aten import infer
 from graphopt.errors import BudgetError, GraphOptError, PassError, VerificationError
 from graphopt.pipeline.base import Context, Pass, PassResult, Preserves, Reference
-from graphopt.pipeline.promises import Failure, Promise, find_offenders, measure, same
+from graphopt.pipeline.promises import Failure, Promise, bisect, find_offenders, measure, same
 from graphopt.plan import Plan
 from graphopt.report import Comparison, PassRecord
 
@@ -38,6 +38,9 @@ class Observer:
 
     def stage(self, name: str) -> None:
         """Learn that a stage begins, such as "capture" or "verify prune-channels"."""
+
+    def begins(self, position: int, graph: Graph) -> None:
+        """Learn that the pass at this position starts from this graph."""
 
     def goes_on(self, position: int) -> bool:
         """Say whether the pass at this position shall run; the first that shall not ends the pipeline."""
@@ -87,6 +90,7 @@ def run(
     *,
     inputs: Sequence[tuple[str, Inputs]],
     verify: Verify = "each",
+    forgiving: bool = False,
 ) -> Outcome:
     """Run the passes of ``pipeline`` in order; ``graph`` itself is not changed.
 
@@ -96,18 +100,19 @@ def run(
         context: what they may look at; each run of a pass gets a copy with empty lists.
         inputs: what promises are checked on, each with a description.
         verify: check every promise after its pass ("each"), all of them after the last pass ("final"), or none ("off").
+        forgiving: go on without a lossless pass that broke off or broke its promise, and write down why.
 
     Raises:
         PassError: a pass broke off.
         VerificationError: a pass broke its promise.
         BudgetError: a budget cannot be met.
     """
-    return _Run(pipeline, context, inputs, verify).all(graph)
+    return _Run(pipeline, context, inputs, verify, forgiving).all(graph)
 
 
 @dataclass
 class _Attempt:
-    """One run of a pass: the graph after it, and the groups that are to blame where that graph is wrong."""
+    """One run of a pass: the graph after it, and the groups or sites to blame where that graph is wrong."""
 
     result: PassResult
     promise: Promise
@@ -123,11 +128,13 @@ class _Run:
         context: Context,
         inputs: Sequence[tuple[str, Inputs]],
         verify: Verify,
+        forgiving: bool,
     ) -> None:
         self.pipeline = pipeline
         self.context = context
         self.inputs = inputs
         self.verify = verify
+        self.forgiving = forgiving
         self.observer = observer()
         self.open: list[Promise] = []
         self.settled: list[Comparison] = []
@@ -138,12 +145,19 @@ class _Run:
         for position, each in enumerate(self.pipeline):
             if not self.observer.goes_on(position):
                 break
-            record, attempt = self._one(position, each, outcome.graph, cost)
+            self.observer.begins(position, outcome.graph)
+            try:
+                record, attempt = self._one(position, each, outcome.graph, cost)
+            except (PassError, VerificationError) as error:
+                if not self.forgiving or each.preserves is not Preserves.EXACT:
+                    raise
+                outcome.records.append(self._left_out(position, each, cost, error))
+                continue
             removal = attempt.promise.removal
             if removal is not None:
                 outcome.plan = outcome.plan.then(Plan.of(removal.typing, removal.keep))
             if record.changed:
-                self._follow(attempt.promise, each)
+                self._follow(each, attempt)
             outcome.graph, cost = attempt.after, record.after
             outcome.records.append(record)
             if record.changed:
@@ -152,14 +166,28 @@ class _Run:
         outcome.comparisons = self.settled
         return outcome
 
-    def _follow(self, promise: Promise, each: Pass) -> None:
+    def _left_out(self, position: int, each: Pass, cost: Cost, error: GraphOptError) -> PassRecord:
+        """Record that a pass was left out because it failed."""
+        return PassRecord(
+            position=position,
+            name=each.name,
+            text=str(each),
+            preserves=str(each.preserves),
+            changed=False,
+            before=cost,
+            after=cost,
+            left_out=str(error),
+        )
+
+    def _follow(self, each: Pass, attempt: _Attempt) -> None:
         """Let the reference follow a change: it is what stood before the removals since the last lossless change."""
+        promise = attempt.promise
         reference, removal = self.context.reference, promise.removal
         if removal is not None:
             if reference is None or not same(promise.before, promise.edited):
                 reference = Reference(removal.typing.graph, Plan())
             reference = replace(reference, plan=reference.plan.then(Plan.direct(removal.typing, removal.keep)))
-        elif each.preserves is not Preserves.APPROXIMATE:
+        elif attempt.result.retrained or each.preserves is not Preserves.APPROXIMATE:
             reference = None
         self.context = replace(self.context, reference=reference)
 
@@ -181,7 +209,7 @@ class _Run:
                     f"{self._where(position)}: {_refusals(refused)}. Without them the budget cannot be met: {error}"
                 ) from error
             middle = time.perf_counter()
-            attempt = self._checked(position, each, result, before)
+            attempt = self._checked(position, each, result, before, context)
             seconds += middle - start
             verify_seconds += time.perf_counter() - middle
             if not attempt.blamed:
@@ -190,7 +218,7 @@ class _Run:
         else:
             raise VerificationError(
                 f"{self._where(position)}: {MOST_ATTEMPTS} attempts ended in wrong models; {_refusals(refused)}. "
-                "The model was left as it was before the pass; exclude these groups by name"
+                "The model was left as it was before the pass; exclude these groups by name, or leave the pass out"
             )
         changed = not same(before, attempt.after)
         record = PassRecord(
@@ -232,7 +260,7 @@ class _Run:
             )
         return result
 
-    def _checked(self, position: int, each: Pass, result: PassResult, before: Graph) -> _Attempt:
+    def _checked(self, position: int, each: Pass, result: PassResult, before: Graph, context: Context) -> _Attempt:
         """Rewrite, and check the promise now, later or not at all."""
         promise = Promise.of(result, before)
         attempt = _Attempt(result, promise, promise.edited)
@@ -241,7 +269,7 @@ class _Run:
         except Exception as error:  # a resizer that meets what it does not expect raises anything
             failure = Failure(f"rewriting broke off: {type(error).__name__}: {error}")
             if self.verify == "each" and promise.removal is not None:
-                attempt.blamed = self._blamed(position, promise, failure)
+                attempt.blamed = self._blamed(position, promise, failure, context)
                 return attempt
             raise PassError(
                 f"{self._where(position)}: {failure}. The model was left as it was; verify='each' finds the groups "
@@ -259,20 +287,35 @@ class _Run:
             self.observer.stage(f"verify {each.name}")
             for found in promise.comparisons(attempt.after, self.inputs):
                 if isinstance(found, Failure) or not found.passed:
-                    attempt.blamed = self._blamed(position, promise, found)
+                    attempt.blamed = self._blamed(position, promise, found, context)
                     break
                 attempt.comparisons.append(found)
         return attempt
 
-    def _blamed(self, position: int, promise: Promise, found: Failure | Comparison) -> dict[str, str]:
-        """Return the groups without which the promise is kept, each with what went wrong."""
-        offenders: dict[str, str] = {}
+    def _blamed(self, position: int, promise: Promise, found: Failure | Comparison, context: Context) -> dict[str, str]:
+        """Return the groups or sites without which the promise is kept, each with what went wrong."""
         if promise.removal is not None:
             self.observer.stage("find the groups to blame")
             offenders = find_offenders(promise, self.inputs)
+        else:
+            self.observer.stage("find the sites to blame")
+            offenders = self._find_sites(position, promise.before, context)
         if not offenders:
             raise VerificationError(_broken(self._where(position), promise, found))
         return offenders
+
+    def _find_sites(self, position: int, before: Graph, context: Context) -> dict[str, str]:
+        """Return the sites without which a lossless pass is lossless; none where it does not spare sites when told."""
+        sites = list(dict.fromkeys(site.name for site in context.sites if site.applied))
+
+        def wrong(allowed: Sequence[str]) -> str | None:
+            spared = {site: "tried without" for site in sites if site not in allowed}
+            attempt = replace(context, left_alone={**context.left_alone, **spared}, sites=[], notes=[])
+            result = self._applied(position, self.pipeline[position], before, attempt)
+            promise = Promise.of(result, before)
+            return promise.broken(promise.rewritten(), self.inputs)
+
+        return bisect(sites, wrong) if sites and wrong([]) is None else {}
 
     # -- promises that are checked at the end --
 
@@ -309,4 +352,4 @@ def _broken(where: str, promise: Promise, found: Failure | Comparison) -> str:
 
 
 def _refusals(refused: Mapping[str, str]) -> str:
-    return "; ".join(f"cutting {name} gave a wrong model ({found})" for name, found in refused.items())
+    return "; ".join(f"changing {name} gave a wrong model ({found})" for name, found in refused.items())

@@ -96,7 +96,8 @@ class PassRecord:
         after: What the model costs after it.
         sites: What it did and what it did not, and why.
         comparisons: How its promise was checked right after it; empty where it was not.
-        left_alone: Groups that verification refused, each with the difference that was found.
+        left_alone: Groups and sites that verification refused, each with the difference that was found.
+        left_out: Why the pass was left out: it failed, and what it does could be done without. "" where it was not.
         notes: What the pass said of the run as a whole.
     """
 
@@ -105,12 +106,13 @@ class PassRecord:
     text: str
     preserves: str
     changed: bool
-    seconds: float
     before: Cost
     after: Cost
+    seconds: float = 0.0
     sites: tuple[Site, ...] = ()
     comparisons: tuple[Comparison, ...] = ()
     left_alone: Mapping[str, str] = field(default_factory=dict)
+    left_out: str = ""
     notes: tuple[str, ...] = ()
     verify_seconds: float = 0.0
 
@@ -139,6 +141,7 @@ class PassRecord:
             "sites": [site.to_dict() for site in self.sites],
             "comparisons": [each.to_dict() for each in self.comparisons],
             "left_alone": dict(self.left_alone),
+            "left_out": self.left_out,
             "notes": list(self.notes),
         }
 

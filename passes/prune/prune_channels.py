@@ -41,6 +41,9 @@ class PruneChannels(Pass):
         allocation: how scores and costs become sizes.
         budget: what the model may cost; the caller's budget where it is not given.
         constraints: which groups may shrink, and how far.
+        progress: how far this pass goes, from 0, the model as it entered the pipeline, to 1, the budget: to
+            ``cost^(1 - progress) · budget^progress``, so that steps at 1/k, 2/k, … each leave the same share of what
+            they find.
 
     Source: the criteria and the allocators name theirs; groups across layers as in Fang et al. 2023, arXiv:2301.12900.
     """
@@ -52,6 +55,11 @@ class PruneChannels(Pass):
     allocation: Allocator = field(default=Knapsack(), metadata=choice(ALLOCATORS))
     budget: Budget | None = None
     constraints: Constraints = field(default_factory=Constraints)
+    progress: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.progress <= 1:
+            raise PipelineError(f"progress must be above 0 and at most 1; found {self.progress}")
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         typing = infer(graph)
@@ -82,10 +90,12 @@ class PruneChannels(Pass):
                 f"{self.name} has no budget: give one to the pass, {self.name}{{budget.flops=0.5}}, or to the call, "
                 "budget=graphopt.Budget(flops=0.5)"
             )
-        if context.original == costs.cost():
+        if context.original == costs.cost() and self.progress == 1:
             return budget
-        original = context.original
-        return Budget(**budget.limits({"flops": original.flops, "params": original.params, "memory": original.memory}))
+        original = {name: getattr(context.original, name) for name in ("flops", "params", "memory")}
+        limits = budget.limits(original)
+        part = self.progress
+        return Budget(**{n: max(limit, original[n] ** (1 - part) * limit**part) for n, limit in limits.items()})
 
     def _seeded(self, seed: int) -> Any:
         """Return the criterion; one that draws at random draws anew for every seed of the run."""

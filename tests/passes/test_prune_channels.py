@@ -264,4 +264,23 @@ def test_options_are_what_the_text_says() -> None:
         "allocation",
         "budget",
         "constraints",
+        "progress",
     ]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_leave_equal_shares(name: str) -> None:
+    model, inputs = MODELS[name]
+    graph = capture(model(), inputs())
+    costs = [CostModel(infer(graph)).cost().flops]
+    for step in range(1, 4):
+        trial = try_pass(PruneChannels(budget=Budget(flops=0.3), progress=step / 3), model(), inputs())
+        costs.append(trial.cost.flops)
+        limit = costs[0] * 0.3 ** (step / 3)
+        assert 0.85 * limit < costs[-1] <= limit
+
+
+@pytest.mark.parametrize("progress", [0.0, -0.5, 1.5, float("nan")])
+def test_progress_lies_between_nothing_and_the_budget(progress: float) -> None:
+    with pytest.raises(PipelineError, match="progress must be above 0 and at most 1"):
+        PruneChannels(progress=progress)
