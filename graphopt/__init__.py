@@ -6,12 +6,14 @@ The public names; everything else may change.
 - :func:`inspect` says what a model is made of, :func:`explain` why a dimension goes with others or cannot shrink
 - :class:`Plan` says which indices of a model's tensors are left, and prunes a checkpoint
 - :class:`Pass` is what a pass of your own derives from
+- :func:`debugging` lets a failure leave files that replay it
 - every error derives from :class:`GraphOptError`
 """
 
 from importlib.metadata import version
 
 from graphopt.allocation import Budget
+from graphopt.debugging import debugging
 from graphopt.errors import (
     BudgetError,
     CaptureError,
@@ -42,6 +44,7 @@ __all__ = [
     "UnsupportedOperatorError",
     "VerificationError",
     "__version__",
+    "debugging",
     "explain",
     "inspect",
     "optimize",

@@ -26,6 +26,7 @@ from torch import nn
 
 import graphopt
 from graphopt.capture import capture
+from graphopt.debugging import Reproducer
 from graphopt.errors import CaptureError, GraphOptError, PipelineError, nearest_name
 from graphopt.graph import Graph
 from graphopt.optimize import optimize as optimize_model
@@ -114,12 +115,22 @@ def optimize(
         bool, typer.Option("--print-after-change", help="Print the graph after every pass that changes it, on stderr.")
     ] = False,
     stop_after: Annotated[int | None, typer.Option(min=0, metavar="N", help="Run the first N passes only.")] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="If the target cannot take the result, find the pass and the site to blame."),
+    ] = False,
+    reproducer: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="If something fails, write what graphopt replay needs there.")
+    ] = None,
 ) -> None:
     """Make a model smaller, and prove that what is left computes what it did."""
     given = {"flops": flops, "params": params, "memory": memory}
     wanted = {name: value for name, value in given.items() if value is not None}
     budget = graphopt.Budget(**wanted) if wanted else None
-    with _progress(quiet, dump=print_after_change, stop_after=stop_after):
+    with (
+        _progress(quiet, dump=print_after_change, stop_after=stop_after),
+        graphopt.debugging(reproducer=reproducer, bisect=bisect),
+    ):
         result = optimize_model(
             *_given(model, example_shape, dynamic, seed),
             target=target,
@@ -143,6 +154,29 @@ def optimize(
             console.print("[dim]Nothing was written: -o FOLDER writes the model, its report and a manifest.[/]")
     if (time or stats) and not quiet:
         Console(stderr=as_json).print(statistics(result.report, times=time, counts=stats))
+
+
+@app.command()
+def replay(
+    folder: Annotated[Path, typer.Argument(help="A folder that --reproducer wrote.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for files, report and manifest.")
+    ] = None,
+    print_after_change: Annotated[
+        bool, typer.Option("--print-after-change", help="Print the graph after every pass that changes it, on stderr.")
+    ] = False,
+    stop_after: Annotated[int | None, typer.Option(min=0, metavar="N", help="Run the first N passes only.")] = None,
+    bisect: Annotated[
+        bool,
+        typer.Option("--bisect", help="If the target cannot take the result, find the pass and the site to blame."),
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run again what failed, from the files that --reproducer wrote."""
+    with _progress(quiet, dump=print_after_change, stop_after=stop_after), graphopt.debugging(bisect=bisect):
+        result = optimize_model(**Reproducer.load(folder), output=output)
+    if not quiet:
+        Console().print(result.report)
 
 
 @app.command()

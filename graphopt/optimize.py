@@ -26,12 +26,13 @@ from torch.utils import _pytree as pytree
 from graphopt.allocation import Budget
 from graphopt.capture import capture
 from graphopt.cost import CostModel
+from graphopt.debugging import Recorder, Reproducer, asked, failure, find_culprit
 from graphopt.dialects.aten import infer
 from graphopt.errors import BudgetError, CaptureError, GraphOptError, LoweringError, PipelineError, unknown_name
 from graphopt.graph import Graph
 from graphopt.importance.calibration import Loss, batches
 from graphopt.passes import FineTune
-from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer
+from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer, watching
 from graphopt.pipeline import run as run_pipeline
 from graphopt.plan import Plan
 from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, print_explanation, unknown_rows
@@ -158,29 +159,32 @@ def optimize(
             train=finetune,
             seed=seed,
         )
-        with clock("passes"):
-            outcome = run_pipeline(passes, graph, context, inputs=inputs, verify=verify, forgiving=pipeline is None)
-        after = _scored(evaluate, outcome.graph, clock, "evaluate after")
-        report = Report(
-            model=_name(model),
-            target=chosen.name,
-            pipeline=str(passes[: len(outcome.records)]),
-            seed=seed,
-            verify=verify,
-            before=original,
-            after=outcome.records[-1].after if outcome.records else original,
-            versions=_versions(),
-            passes=outcome.records,
-            frozen=frozen_rows(typing),
-            unknown=unknown_rows(typing),
-            notes=list(graph.notes),
-            comparisons=outcome.comparisons,
-            timings=clock.seconds,
-            score=None if before is None or after is None else (before, after),
-        )
-        report.budget = _budget_lines(budget, passes, report)
-        report.warnings = [*warnings, *_warnings(report, outcome, budget)]
-        lowered, artifacts = _lowered(chosen, outcome, folder, report, clock)
+        settings = Reproducer(graph, passes, chosen.name, budget, data, verify, seed)
+        with _traces(settings, context, chosen) as reached:
+            with clock("passes"):
+                outcome = run_pipeline(passes, graph, context, inputs=inputs, verify=verify, forgiving=pipeline is None)
+            reached.append(outcome)
+            after = _scored(evaluate, outcome.graph, clock, "evaluate after")
+            report = Report(
+                model=_name(model),
+                target=chosen.name,
+                pipeline=str(passes[: len(outcome.records)]),
+                seed=seed,
+                verify=verify,
+                before=original,
+                after=outcome.records[-1].after if outcome.records else original,
+                versions=_versions(),
+                passes=outcome.records,
+                frozen=frozen_rows(typing),
+                unknown=unknown_rows(typing),
+                notes=list(graph.notes),
+                comparisons=outcome.comparisons,
+                timings=clock.seconds,
+                score=None if before is None or after is None else (before, after),
+            )
+            report.budget = _budget_lines(budget, passes, report)
+            report.warnings = [*warnings, *_warnings(report, outcome, budget)]
+            lowered, artifacts = _lowered(chosen, outcome, folder, report, clock)
     module = outcome.graph.module
     module.train(graph.training)
     return Result(module, lowered.onnx, outcome.plan, artifacts, report, outcome.graph)
@@ -393,6 +397,63 @@ class _Clock:
             yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+@contextmanager
+def _traces(settings: Reproducer, context: Context, target: Target) -> Iterator[list[Outcome]]:
+    """Let a failure within the block leave the traces that :func:`debugging` asks for; lends a list for the outcome."""
+    wanted = asked()
+    recorder = Recorder(observer())
+    reached: list[Outcome] = []
+    try:
+        with watching(recorder if wanted.reproducer is not None else recorder.inner):
+            yield reached
+    except GraphOptError as error:
+        if wanted.bisect and reached:
+            recorder.inner.stage("find the pass to blame")
+            culprit = find_culprit(
+                settings.pipeline, settings.graph, context, lambda g: failure(lambda: target.lower(g, None))
+            )
+            error.add_note(str(culprit) if culprit is not None else "bisection: it does not fail again")
+        if wanted.reproducer is not None:
+            error.add_note(_reproduced(settings, context, recorder, reached, error, wanted.reproducer))
+        raise
+
+
+def _reproduced(
+    settings: Reproducer,
+    context: Context,
+    recorder: Recorder,
+    reached: list[Outcome],
+    error: GraphOptError,
+    folder: Path,
+) -> str:
+    """Write a reproducer of a failure, and say where it is or why there is none."""
+    passes, graph = settings.pipeline, settings.graph
+    if reached:
+        passes, graph = Pipeline(), reached[0].graph
+    elif recorder.graphs and settings.verify == "each":
+        passes, graph = passes[len(recorder.graphs) - 1 :], recorder.graphs[-1]
+    costs = {name: float(getattr(context.original, name)) for name in ("flops", "params", "memory")}
+    budget = settings.budget
+    absolute = None if budget is None or "latency" in budget.limits({**costs, "latency": 1.0}) else budget.limits(costs)
+    found = replace(
+        settings,
+        pipeline=passes,
+        graph=graph,
+        budget=None if absolute is None else Budget(**absolute),
+        error=str(error),
+        notes=[
+            f"{name} is a function, and was not saved"
+            for name, value in (("loss", context.loss), ("evaluate", context.evaluate), ("finetune", context.train))
+            if value is not None
+        ],
+    )
+    try:
+        found.save(folder)
+    except GraphOptError as failed:
+        return f"no reproducer could be written: {failed}"
+    return f"a reproducer was written: graphopt replay {folder}"
 
 
 # -- after the passes -----------------------------------------------------------------------------------------------

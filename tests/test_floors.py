@@ -20,7 +20,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"pipeline"}),
     frozenset({"passes"}),
     frozenset({"targets"}),
-    frozenset({"optimize"}),
+    frozenset({"optimize", "debugging"}),
     frozenset({"__init__"}),
     frozenset({"cli", "testing"}),
 )

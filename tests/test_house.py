@@ -31,6 +31,7 @@ PUBLIC = {
     "UnsupportedOperatorError",
     "VerificationError",
     "__version__",
+    "debugging",
     "explain",
     "inspect",
     "optimize",
