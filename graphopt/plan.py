@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import safetensors
 import safetensors.numpy
-import safetensors.torch
 import torch
 
 from graphopt.axes.algebra import Atom, Indices, kept_positions, leaves
 from graphopt.axes.infer import Typing
+from graphopt.checkpoint import Checkpoint, open_file, spelled
 from graphopt.errors import PipelineError
 from graphopt.graph import Source
 
@@ -29,7 +27,6 @@ __all__ = ["Plan"]
 
 FORMAT: Final = "graphopt-plan"
 VERSION: Final = "1"
-INDEX: Final = ".safetensors.index.json"
 
 Kept = dict[str, dict[int, Indices]]
 
@@ -186,18 +183,23 @@ class Plan:
         return result
 
     def _sliced(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tuple(tensor.shape) != self.shapes[name]:
-            raise PipelineError(
-                f"{name} has shape {tuple(tensor.shape)}, the plan was made for {self.shapes[name]}: "
-                "apply it to the model it was made for"
-            )
+        self._check_shape(name, tuple(tensor.shape), self.shapes[name])
         found = tensor.detach()
         for dim, indices in self.keep[name].items():
             found = found.index_select(dim, torch.from_numpy(indices).to(tensor.device))
         return found
 
+    @staticmethod
+    def _check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if found != wanted:
+            raise PipelineError(
+                f"{name} has shape {found}, the plan was made for {wanted}: apply it to the model it was made for"
+            )
+
     def apply_files(self, source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> list[Path]:
-        """Prune a safetensors checkpoint, one shard in memory at a time, and write it to ``directory``.
+        """Prune a safetensors checkpoint, a block of one tensor in memory at a time, and write it to ``directory``.
+
+        The checkpoint may hold the tensors under names with another beginning, as one of a model's trunk does.
 
         Args:
             source: a ``.safetensors`` file, the ``.safetensors.index.json`` of a sharded checkpoint, or a folder that
@@ -210,37 +212,19 @@ class Plan:
         Raises:
             PipelineError: the source is no such checkpoint, or its tensors do not fit the plan; nothing is written.
         """
-        shards, index = _shards(Path(source))
-        target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        seen: set[str] = set()
-        total = 0
-        with tempfile.TemporaryDirectory(dir=target, prefix=".graphopt-") as scratch:
-            stage = Path(scratch)
-            for shard in shards:
-                with _open(shard) as file:
-                    metadata = file.metadata()
-                    state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-                seen |= state.keys()
-                kept = self.apply(state, strict=False)
-                total += sum(t.numel() * t.element_size() for t in kept.values())
-                safetensors.torch.save_file({n: t.contiguous() for n, t in kept.items()}, stage / shard.name, metadata)
-            # A file keeps one name of a shared tensor; that one is enough.
-            present = {self.aliases.get(name, name) for name in seen}
-            absent = [name for name in self.keep if self.aliases.get(name, name) not in present]
-            if absent:
-                raise PipelineError(
-                    f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written"
-                )
-            names = [shard.name for shard in shards]
-            if index is not None:
-                content = json.loads(index.read_text())
-                content["metadata"] = {**content.get("metadata", {}), "total_size": total}
-                (stage / index.name).write_text(json.dumps(content, indent=2) + "\n")
-                names.append(index.name)
-            for name in names:
-                (stage / name).replace(target / name)
-        return [target / name for name in names]
+        checkpoint = Checkpoint.open(source)
+        spelling = spelled(self.keep, checkpoint)
+        # A file keeps one name of a shared tensor; that one is enough.
+        present = {self.aliases.get(name, name) for name in spelling}
+        absent = [name for name in self.keep if self.aliases.get(name, name) not in present]
+        if absent:
+            raise PipelineError(
+                f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written"
+            )
+        for name, held in spelling.items():
+            self._check_shape(held, checkpoint.entries[held].shape, self.shapes[name])
+        cuts = {held: self.keep[name] for name, held in spelling.items()}
+        return checkpoint.write_cut(Path(directory), cuts)
 
     # -- the file --
 
@@ -264,7 +248,7 @@ class Plan:
         Raises:
             PipelineError: the file is no plan, or one that contradicts itself.
         """
-        with _open(Path(path)) as file:
+        with open_file(Path(path)) as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
         if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
@@ -305,31 +289,3 @@ def _checked(row: torch.Tensor, size: int) -> Indices:
 
 def _same(a: Mapping[int, Indices], b: Mapping[int, Indices]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(indices, b[d]) for d, indices in a.items())
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safetensors.safe_open(path, framework="pt")
-    except (OSError, safetensors.SafetensorError) as error:
-        raise PipelineError(f"cannot read {path} as a safetensors file: {error}") from error
-
-
-def _shards(source: Path) -> tuple[list[Path], Path | None]:
-    """Return the shards of a checkpoint, and its index where it has one; only files beside the index count."""
-    if source.is_dir():
-        found = sorted(source.glob(f"*{INDEX}")) or sorted(source.glob("*.safetensors"))
-        if len(found) != 1:
-            raise PipelineError(
-                f"{source} holds {len(found)} checkpoints; name the .safetensors file or the {INDEX} to prune"
-            )
-        source = found[0]
-    if not source.name.endswith(INDEX):
-        return [source], None
-    try:
-        names = sorted({str(name) for name in json.loads(source.read_text())["weight_map"].values()})
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise PipelineError(f"{source} is no index of a sharded checkpoint: {error}") from error
-    for name in names:
-        if Path(name).name != name:
-            raise PipelineError(f"the index {source} points outside its folder: {name!r}")
-    return [source.parent / name for name in names], source

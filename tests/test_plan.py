@@ -374,7 +374,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(tmp_path: Path) ->
     safetensors.torch.save_file({"w": torch.ones(2)}, source)
     with pytest.raises(PipelineError, match=r"w has shape \(2,\)"):
         shrink().apply_files(source, out)
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 def test_one_name_of_a_shared_tensor_is_enough_also_after_loading(tmp_path: Path, module: Tied, typing: Typing) -> None:
