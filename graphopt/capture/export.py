@@ -16,9 +16,11 @@ from typing import Any, Final
 
 import torch
 from torch import nn
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram, ShapesCollection, register_dataclass
 from torch.fx import config as fx_config
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.inputs import Dynamic, Inputs
@@ -35,13 +37,19 @@ class UndecidableError(CaptureError):
 
 
 @contextlib.contextmanager
-def working_copy(model: nn.Module) -> Iterator[nn.Module]:
+def working_copy(model: nn.Module, stand_ins: StandIns) -> Iterator[nn.Module]:
     """Lend a copy of ``model`` that can be switched, traced and thrown away.
 
-    The copy has its own modules and attributes and the model's tensors. A model that cannot be copied is lent
-    itself, and gets back every attribute of its modules afterwards.
+    The copy has its own modules and attributes and the model's tensors, or what stands in for those that have no
+    values. A model that cannot be copied is lent itself, and gets back every attribute of its modules afterwards; it
+    must have all of its values.
     """
-    duplicate = _structural_copy(model)
+    duplicate = _structural_copy(model, stand_ins)
+    if duplicate is None and stand_ins.used:
+        raise CaptureError(
+            f"{type(model).__name__} has parameters without values, and cannot be copied (copy.deepcopy fails): give "
+            "it values, as model.to_empty(device='cpu') does"
+        )
     if duplicate is not None:
         yield duplicate
         return
@@ -54,9 +62,10 @@ def working_copy(model: nn.Module) -> Iterator[nn.Module]:
             vars(part).update(attributes)
 
 
-def _structural_copy(model: nn.Module) -> nn.Module | None:
+def _structural_copy(model: nn.Module, stand_ins: StandIns) -> nn.Module | None:
+    memo: dict[int, Any] = {id(tensor): stand_ins.of(tensor) for tensor in _held_tensors(model)}
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in _held_tensors(model)})
+        return copy.deepcopy(model, memo)
     except Exception:  # noqa: BLE001  # whatever the attributes of a model raise when they are copied
         return None
 
@@ -98,7 +107,60 @@ def _attributes(part: nn.Module) -> dict[str, Any]:
     }
 
 
-def run_export(model: nn.Module, inputs: Inputs, dynamic: Dynamic) -> ExportedProgram:
+class StandIns:
+    """Tensors that a model without values is traced with: they hold nothing, and say they are on the CPU.
+
+    So what the model's code makes beside its parameters (positions, masks) is made on the CPU, and the graph runs as it
+    is once its parameters are given values.
+    """
+
+    def __init__(self) -> None:
+        self._mode: FakeTensorMode | None = None
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def used(self) -> bool:
+        """Whether anything had to be stood in for."""
+        return bool(self._made)
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return ``tensor``, or what stands in for it: the same for the same tensor."""
+        if not is_hollow(tensor):
+            return tensor
+        if id(tensor) not in self._made:
+            with self.mode:
+                like = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+            made = nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
+            self._made[id(tensor)] = tensor, made
+        return self._made[id(tensor)][1]
+
+    @property
+    def mode(self) -> FakeTensorMode:
+        """The mode that all of them belong to; an export takes its symbols from it, so each needs one of its own."""
+        if self._mode is None:
+            shapes = ShapeEnv(tracked_fakes=[], trace_asserts=True)
+            self._mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True, export=True)
+        return self._mode
+
+    @contextlib.contextmanager
+    def tracing(self) -> Iterator[None]:
+        """Let an export find the mode."""
+        if not self.used:
+            yield
+            return
+        self.mode.shape_env = ShapeEnv(tracked_fakes=[], trace_asserts=True)
+        with tracing(TracingContext(self.mode)):
+            yield
+
+
+def is_hollow(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor has a shape and a type, but no values: on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def run_export(
+    model: nn.Module, inputs: Inputs, dynamic: Dynamic, stand_ins: StandIns | None = None
+) -> ExportedProgram:
     """Export ``model`` in the mode it is in; every input dimension in ``dynamic`` varies unless the model fixes it.
 
     Raises:
@@ -113,7 +175,8 @@ def run_export(model: nn.Module, inputs: Inputs, dynamic: Dynamic) -> ExportedPr
             _register(leaf)
     hook = model.register_forward_hook(lambda _module, _args, output: _register(output))
     try:
-        with quiet(), torch.enable_grad(), _full_precision(model), _unfused_encoder(), _without_line_numbers():
+        around = contextlib.nullcontext() if stand_ins is None else stand_ins.tracing()
+        with quiet(), torch.enable_grad(), _full_precision(model), _unfused_encoder(), _without_line_numbers(), around:
             return torch.export.export(
                 model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs), strict=False
             )

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture import modes
 from graphopt.capture.archive import load
 from graphopt.capture.build import build, user_inputs, varies
-from graphopt.capture.export import UndecidableError, run_export, without_cache, working_copy
+from graphopt.capture.export import StandIns, UndecidableError, is_hollow, run_export, without_cache, working_copy
 from graphopt.capture.inputs import (
     BATCH,
     Dynamic,
@@ -92,9 +92,10 @@ def _from_module(model: nn.Module, example_inputs: Any, dynamic: Any) -> Graph:
     inputs = _owned(find_inputs(model) if example_inputs is None else normalise(example_inputs))
     tensors = _tensors(model)
     training = model.training
-    with working_copy(model) as duplicate, without_cache(duplicate, inputs) as notes:
+    stand_ins = StandIns()
+    with working_copy(model, stand_ins) as duplicate, without_cache(duplicate, inputs) as notes:
         duplicate.eval()
-        program, exported_with, found = _export(duplicate, inputs, dynamic)
+        program, exported_with, found = _export(duplicate, inputs, dynamic, stand_ins)
         notes += found
         owner = Owner([*tensors.values(), *_constants(program)])
         owned = {name: owner.own(tensor) for name, tensor in tensors.items()}
@@ -147,7 +148,9 @@ def _from_trace(model: TraceModule, example_inputs: Any, dynamic: Any) -> Graph:
     return _from_module(model, inputs, dynamic)
 
 
-def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> tuple[ExportedProgram, Inputs, list[str]]:
+def _export(
+    model: nn.Module, inputs: Inputs, dynamic: Any, stand_ins: StandIns
+) -> tuple[ExportedProgram, Inputs, list[str]]:
     """Export with as many of the wanted dimensions varying as the model allows; return the inputs it used, too."""
     names = leaf_names(model, inputs)
     wanted = dynamic_dimensions(dynamic, names, inputs)
@@ -157,7 +160,7 @@ def _export(model: nn.Module, inputs: Inputs, dynamic: Any) -> tuple[ExportedPro
     while True:
         widened = widen(inputs, varying)
         try:
-            program = run_export(model, widened, varying)
+            program = run_export(model, widened, varying, stand_ins)
         except UndecidableError:
             raise
         except CaptureError as error:
@@ -258,8 +261,15 @@ def _constants(program: ExportedProgram) -> list[torch.Tensor]:
 
 def _owned(inputs: Inputs) -> Inputs:
     leaves, spec = pytree.tree_flatten(inputs)
-    owned = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    owned = [_owned_leaf(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(owned, spec)  # type: ignore[no-any-return]
+
+
+def _owned_leaf(leaf: torch.Tensor) -> torch.Tensor:
+    """Copy an input; zeros take the place of one that has no values."""
+    if is_hollow(leaf):
+        return torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu")
+    return leaf.detach().clone()
 
 
 def _sizes(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class Owner:
@@ -13,7 +14,7 @@ class Owner:
 
     A tensor that occurs under several names is cloned once, so that tied parameters stay one object. Tensors that
     are different views of one storage stay views of one (other) storage. Strides, dtype, device and
-    ``requires_grad`` are kept; history is not.
+    ``requires_grad`` are kept; history is not. Fake tensors become tensors on the meta device.
     """
 
     def __init__(self, tensors: Iterable[torch.Tensor] = ()) -> None:
@@ -38,6 +39,8 @@ class Owner:
         return found[1]
 
     def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, FakeTensor):
+            return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
         key = _storage_key(tensor)
         if key is None:
             return tensor.clone()
