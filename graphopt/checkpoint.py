@@ -30,6 +30,7 @@ from graphopt.errors import PipelineError, nearest_name
 __all__ = ["Checkpoint", "Weights", "open_file", "spelled"]
 
 INDEX: Final = ".safetensors.index.json"
+USUAL: Final = "model.safetensors"
 BLOCK: Final = 1 << 25
 """How many bytes of a tensor are read at a time."""
 
@@ -62,16 +63,18 @@ class Checkpoint(Mapping[str, Tensor]):
     entries: Mapping[str, Entry] = field(repr=False)
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, source: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
         """Read the headers of a checkpoint.
 
         Args:
             source: a ``.safetensors`` file, the ``.safetensors.index.json`` of a sharded checkpoint, or a folder that
-                holds one of the two.
+                holds one of the two. One that is open already is returned.
 
         Raises:
             PipelineError: it is no such checkpoint.
         """
+        if isinstance(source, Checkpoint):
+            return source
         shards, index = _shards(Path(source))
         entries: dict[str, Entry] = {}
         for shard in shards:
@@ -91,6 +94,9 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read some positions of the first dimension."""
@@ -190,12 +196,15 @@ class Weights(Mapping[str, Tensor]):
     cuts: Cuts = field(default_factory=dict)
 
     @classmethod
-    def bind(cls, checkpoint: Checkpoint, tensors: Mapping[str, tuple[Tensor, Sequence[str]]]) -> Weights:
+    def bind(
+        cls, checkpoint: Checkpoint, tensors: Mapping[str, tuple[Tensor, Sequence[str]]], spare: Collection[str] = ()
+    ) -> Weights:
         """Find the tensors of a graph in a checkpoint.
 
         Args:
             checkpoint: the checkpoint.
             tensors: each tensor with all its names, by the graph's name for it.
+            spare: the graph's names of those that need not be there.
 
         Raises:
             PipelineError: the checkpoint does not hold a tensor under any of its names, or in another shape.
@@ -204,6 +213,8 @@ class Weights(Mapping[str, Tensor]):
         found: dict[str, str] = {}
         for name, (tensor, names) in tensors.items():
             here = next((spelling[each] for each in names if each in spelling), None)
+            if here is None and name in spare:
+                continue
             if here is None:
                 nearest = nearest_name(name, checkpoint)
                 hint = f"; the nearest name it has is {nearest}" if nearest else ""
@@ -218,7 +229,7 @@ class Weights(Mapping[str, Tensor]):
                     "checkpoint of this model"
                 )
             found[name] = here
-        return cls(checkpoint, found, {name: tensor.dtype for name, (tensor, _) in tensors.items()})
+        return cls(checkpoint, found, {name: tensors[name][0].dtype for name in found})
 
     def __getitem__(self, name: str) -> Tensor:
         blocks = list(self.blocks(name))
@@ -297,7 +308,7 @@ def _between(kept: Indices, start: int, stop: int) -> Indices:
 def _shards(source: Path) -> tuple[list[Path], Path | None]:
     """Return the shards of a checkpoint, and its index where it has one; only files beside the index count."""
     if source.is_dir():
-        found = sorted(source.glob(f"*{INDEX}")) or sorted(source.glob("*.safetensors"))
+        found = sorted(source.glob(f"*{INDEX}")) or sorted(source.glob(USUAL)) or sorted(source.glob("*.safetensors"))
         if len(found) != 1:
             raise PipelineError(
                 f"{source} holds {len(found)} checkpoints; name the .safetensors file or the {INDEX} to prune"

@@ -86,6 +86,10 @@ def optimize(
     flops: Annotated[float | None, typer.Option(help="At most so many flops: up to 1 a share of the model's.")] = None,
     params: Annotated[float | None, typer.Option(help="At most so many parameters: up to 1 a share.")] = None,
     memory: Annotated[float | None, typer.Option(help="At most so many bytes at the peak: up to 1 a share.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Values of a model that is built without: .safetensors, the index of shards, or a folder."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for files, report and manifest.")
     ] = None,
@@ -138,6 +142,7 @@ def optimize(
             pipeline=pipeline,
             calibration=_called(calibration, "calibration") if calibration else None,
             evaluate=_named(evaluate, "evaluate") if evaluate else None,
+            checkpoint=checkpoint,
             output=output,
             verify=verify,  # type: ignore[arg-type]  # checked by optimize, with the nearest valid name
             seed=seed,

@@ -34,6 +34,9 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import _PyTreeCodeGen
 
+from graphopt.checkpoint import Weights
+from graphopt.errors import PipelineError
+
 SPEC: Final = "spec"
 MODE: Final = "train_arguments"
 OWNER: Final = "owner"
@@ -356,7 +359,8 @@ class Graph:
     targets). ``example_inputs`` is ``(args, kwargs)``, as the model was called. ``aliases`` maps every further name
     of a shared tensor to the name the graph uses. ``notes`` are plain sentences about the capture, for the report.
     ``sources`` says of each tensor that a pass made what it stands for in the input model, so that plans can speak of
-    the input model's tensors; a tensor that is not in it is the input model's own.
+    the input model's tensors; a tensor that is not in it is the input model's own. ``weights`` reads the values of
+    tensors that are not in memory: those are on the meta device, and the graph is ``hollow``.
     """
 
     module: TraceModule
@@ -364,6 +368,21 @@ class Graph:
     aliases: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sources: dict[str, Sources] = field(default_factory=dict)
+    weights: Weights | None = None
+
+    @property
+    def hollow(self) -> list[str]:
+        """The names of the tensors that the graph reads and whose values are not in memory; such a graph cannot run."""
+        return [name for name, tensor in self.tensors().items() if tensor.is_meta]
+
+    @property
+    def transient(self) -> frozenset[str]:
+        """The names of the buffers that no state dict holds."""
+        return frozenset(
+            f"{path}.{name}".removeprefix(".")
+            for path, part in self.module.named_modules()
+            for name in part._non_persistent_buffers_set
+        )
 
     @property
     def nodes(self) -> fx.graph._node_list:
@@ -373,7 +392,8 @@ class Graph:
     def clone(self) -> Graph:
         """Copy the structure; the tensors are shared, so never edit one in place."""
         module = self.module.replica()
-        return Graph(module, self.example_inputs, dict(self.aliases), list(self.notes), dict(self.sources))
+        aliases, notes, sources = dict(self.aliases), list(self.notes), dict(self.sources)
+        return Graph(module, self.example_inputs, aliases, notes, sources, self.weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return every tensor that the graph reads, by the name the graph uses, in order of first use."""
@@ -391,6 +411,27 @@ class Graph:
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} is not a tensor but {type(value).__name__}")
         return value
+
+    def value(self, name: str) -> torch.Tensor:
+        """Return the tensor of that name with its values, read from the checkpoint where they are not in memory.
+
+        Raises:
+            PipelineError: they are not there either.
+        """
+        tensor = self.tensor(name)
+        if not tensor.is_meta:
+            return tensor
+        if self.weights is None or name not in self.weights:
+            kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+            raise PipelineError(
+                f"the {kind} {name} has no values, in memory or in a checkpoint: "
+                + (
+                    "give optimize(…, checkpoint=PATH) the files that hold it, or load it into the model"
+                    if kind == "parameter"
+                    else "build the model within graphopt.without_weights(), which makes buffers as usual"
+                )
+            )
+        return self.weights[name]
 
     def stands_for(self, name: str, dim: int) -> tuple[Source, ...]:
         """Return what the positions of a tensor's dimension stand for in the input model."""

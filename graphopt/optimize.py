@@ -20,11 +20,12 @@ from typing import Any, Final, get_args
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.allocation import Budget
 from graphopt.capture import capture
+from graphopt.checkpoint import Checkpoint, Weights
 from graphopt.cost import CostModel
 from graphopt.debugging import Recorder, Reproducer, asked, failure, find_culprit
 from graphopt.dialects.aten import infer
@@ -91,6 +92,7 @@ def optimize(
     evaluate: Callable[[Any], float] | None = None,
     finetune: Callable[[Any], object] | None = None,
     steps: int = 1,
+    checkpoint: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     verify: Verify = "each",
     seed: int = 0,
@@ -118,6 +120,9 @@ def optimize(
         finetune: trains a module in place; called after each step of pruning, before layers are merged for deployment.
             Without it, train ``result.module`` yourself.
         steps: in how many steps to prune; each leaves the same share of what it finds.
+        checkpoint: where the values are of a model whose parameters are on the meta device: a ``.safetensors`` file,
+            the index of a sharded checkpoint, or a folder. They are read a tensor at a time, never all. What runs on
+            shapes alone is checked then, not what is computed; with `output` the checkpoint is pruned into it.
         output: the folder for the artifacts, the report and a manifest; it is left as it was if anything fails.
         verify: check what passes promise after each of them ("each"), once at the end ("final"), or never ("off").
         seed: seeds whatever is random.
@@ -144,6 +149,8 @@ def optimize(
     with _seeded(seed):
         with clock("capture"):
             graph = _captured(model, example_inputs)
+            _bind(graph, checkpoint)
+        passes, left_out = _able(passes, chosen, pipeline, evaluate, graph)
         data = list(calibration) if isinstance(calibration, Iterator) else calibration
         typing = infer(graph)
         original = CostModel(typing).cost()
@@ -177,7 +184,7 @@ def optimize(
                 passes=outcome.records,
                 frozen=frozen_rows(typing),
                 unknown=unknown_rows(typing),
-                notes=list(graph.notes),
+                notes=[*graph.notes, *left_out],
                 comparisons=outcome.comparisons,
                 timings=clock.seconds,
                 score=None if before is None or after is None else (before, after),
@@ -222,6 +229,45 @@ def explain(model: Any, parameter: str, dim: int, example_inputs: Any = None) ->
         PipelineError: there is no such parameter, or it has no such dimension; the message has the nearest name.
     """
     print_explanation(inspect(model, example_inputs), parameter, dim)
+
+
+def _bind(graph: Graph, source: str | os.PathLike[str] | None) -> None:
+    """Let the graph read what it has no values of from a checkpoint."""
+    if source is None:
+        return
+    hollow = graph.hollow
+    if not hollow:
+        raise PipelineError(
+            "the model's values are in memory, so a checkpoint is of no use: leave it out, or build the model without "
+            "values, as in `with torch.device('meta'): model = …`"
+        )
+    tensors = {name: (graph.tensor(name), graph.names(name)) for name in hollow}
+    buffers = [name for name in hollow if not isinstance(graph.tensor(name), nn.Parameter)]
+    graph.weights = Weights.bind(Checkpoint.open(source), tensors, spare=buffers)
+
+
+def _able(passes: Pipeline, target: Target, own: Any, evaluate: Any, graph: Graph) -> tuple[Pipeline, list[str]]:
+    """Return the passes that can run on the graph, and a note on those of the default that cannot."""
+    hollow = graph.hollow
+    if not hollow:
+        return passes, []
+    why = f"the values of {plural(len(hollow), 'tensor')} of the model ({listing(hollow)}) are not in memory"
+    if evaluate is not None:
+        raise PipelineError(f"evaluate needs a model that runs, and {why}: load the weights, or leave evaluate out")
+    if target.needs_values:
+        raise LoweringError(
+            f"the target '{target.name}' needs all values, and {why}: optimize for target='torch', load what was "
+            "written into result.module, and optimize that"
+        )
+    unable = [each for each in passes if each.needs_values]
+    named = [each for each in (Pipeline.of(own) if own is not None else ()) if each.needs_values]
+    if named:
+        raise PipelineError(
+            f"the pass '{named[0].name}' computes with the values of parameters, and {why}: load the weights, or run "
+            "passes that read a checkpoint piece by piece, such as prune-channels"
+        )
+    notes = [f"{each.name} was left out: it computes with the values of parameters, and {why}" for each in unable]
+    return Pipeline.of([each for each in passes if not each.needs_values]), notes
 
 
 # -- before the passes ----------------------------------------------------------------------------------------------
@@ -300,6 +346,12 @@ def _verification_inputs(
     """Return what promises are checked on, and what a reader should know about it."""
     if verify == "off":
         return [], ["nothing was verified, as asked (verify='off'): the result may be wrong"]
+    if graph.hollow:
+        return [("the shapes of the example inputs", graph.example_inputs)], [
+            "no output was compared, since the values of the parameters are not in memory: the result was run on "
+            "shapes alone, so its sizes fit, and what it computes was not checked. To check it, prune a small model of "
+            "the same class, which takes the same way through this code"
+        ]
     batch = next(batches(calibration, graph), None) if calibration is not None else None
     if batch is not None:
         label, inputs = "the first calibration batch", (batch.args, batch.kwargs)
@@ -520,6 +572,10 @@ def _lowered(
         made = {kind: Path(path) for kind, path in lowered.artifacts.items()}
         names = {**{kind: path.name for kind, path in made.items()}, "plan": PLAN, "report": REPORT_PAGE}
         report.artifacts = {kind: str(output / name) for kind, name in names.items()}
+        if outcome.graph.weights is not None:
+            *shards, last = outcome.plan.apply_files(outcome.graph.weights.checkpoint, stage)
+            made |= {f"shard {number}": path for number, path in enumerate(shards, 1)} | {"checkpoint": last}
+            report.artifacts |= {kind: str(output / path.name) for kind, path in made.items()}
         outcome.plan.save(stage / PLAN)
         report.save_html(stage / REPORT_PAGE)
         report.save_json(stage / REPORT_DATA)

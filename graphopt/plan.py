@@ -40,11 +40,13 @@ class Plan:
             that lost nothing are not in it. A shared tensor stands under each of its names.
         shapes: The shapes that these tensors had in the input model.
         aliases: Further names of shared tensors among them, with the name that stands for each.
+        transient: Those among them that no state dict and no checkpoint holds: the model makes them when it is built.
     """
 
     keep: Kept = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    transient: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
@@ -76,7 +78,8 @@ class Plan:
                 result.setdefault(tensor, {})[dim] = indices
         aliases = {alias: name for name in result for alias in graph.names(name)[1:]}
         result |= {alias: result[name] for alias, name in aliases.items()}
-        return cls(result, {name: shapes[aliases.get(name, name)] for name in result}, aliases)
+        transient = frozenset(name for name in graph.transient if name in result)
+        return cls(result, {name: shapes[aliases.get(name, name)] for name in result}, aliases, transient)
 
     @classmethod
     def direct(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
@@ -96,7 +99,8 @@ class Plan:
                     shapes[name] = tuple(axis.size for axis in axes)
                     if name != tensor:
                         aliases[name] = tensor
-        return cls(kept, shapes, aliases)
+        transient = frozenset(name for name in typing.graph.transient if name in kept)
+        return cls(kept, shapes, aliases, transient)
 
     def after(self, source: Source) -> Source:
         """Return what a source is once the plan was carried out: some of its positions gone, the others closed up."""
@@ -124,7 +128,7 @@ class Plan:
             mine = keep.setdefault(name, {})
             for dim, indices in dims.items():
                 mine[dim] = mine[dim][indices] if dim in mine else indices
-        return Plan(keep, shapes, self.aliases | later.aliases)
+        return Plan(keep, shapes, self.aliases | later.aliases, self.transient | later.transient)
 
     def shape_after(self, name: str) -> tuple[int, ...]:
         """Return the shape that the plan leaves to a tensor it names."""
@@ -147,6 +151,7 @@ class Plan:
         return (
             self.shapes == other.shapes
             and self.aliases == other.aliases
+            and self.transient == other.transient
             and self.keep.keys() == other.keep.keys()
             and all(_same(dims, other.keep[name]) for name, dims in self.keep.items())
         )
@@ -163,7 +168,7 @@ class Plan:
         Raises:
             PipelineError: a tensor has another shape than in the input model, or (``strict``) is missing.
         """
-        missing = self.keep.keys() - state.keys()
+        missing = self.keep.keys() - state.keys() - self.transient
         if strict and missing:
             raise PipelineError(
                 f"the state dict has no {sorted(missing)[0]} (and {len(missing) - 1} more that the plan shrinks): "
@@ -196,7 +201,7 @@ class Plan:
                 f"{name} has shape {found}, the plan was made for {wanted}: apply it to the model it was made for"
             )
 
-    def apply_files(self, source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> list[Path]:
+    def apply_files(self, source: str | os.PathLike[str] | Checkpoint, directory: str | os.PathLike[str]) -> list[Path]:
         """Prune a safetensors checkpoint, a block of one tensor in memory at a time, and write it to ``directory``.
 
         The checkpoint may hold the tensors under names with another beginning, as one of a model's trunk does.
@@ -216,7 +221,8 @@ class Plan:
         spelling = spelled(self.keep, checkpoint)
         # A file keeps one name of a shared tensor; that one is enough.
         present = {self.aliases.get(name, name) for name in spelling}
-        absent = [name for name in self.keep if self.aliases.get(name, name) not in present]
+        wanted = (name for name in self.keep if name not in self.transient)
+        absent = [name for name in wanted if self.aliases.get(name, name) not in present]
         if absent:
             raise PipelineError(
                 f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written"
@@ -232,6 +238,8 @@ class Plan:
         """Write the plan as a safetensors file, in one step."""
         arrays = {f"{dim}:{name}": indices for name, dims in self.keep.items() for dim, indices in dims.items()}
         facts = {"shapes": json.dumps(self.shapes), "aliases": json.dumps(self.aliases)}
+        if self.transient:
+            facts["transient"] = json.dumps(sorted(self.transient))
         metadata = {"format": FORMAT, "version": VERSION, **facts}
         target = Path(path)
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
@@ -263,13 +271,16 @@ class Plan:
                 dim, _, name = key.partition(":")
                 keep[name][_dimension(dim)] = _checked(indices, shapes[name][_dimension(dim)])
             aliases = {str(further): str(name) for further, name in json.loads(metadata["aliases"]).items()}
+            transient = frozenset(map(str, json.loads(metadata.get("transient", "[]"))))
+            if not transient <= keep.keys():
+                raise ValueError("a tensor that no checkpoint holds must be one that the plan shrinks")
             if not all(further in keep and _same(keep[further], keep[name]) for further, name in aliases.items()):
                 raise ValueError("a shared tensor must keep the same indices under each of its names")
         except (KeyError, ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
             raise PipelineError(
                 f"the plan in {path} contradicts itself ({error}); save it again with Plan.save"
             ) from error
-        return cls(keep, shapes, aliases)
+        return cls(keep, shapes, aliases, transient)
 
 
 def _dimension(text: str) -> int:

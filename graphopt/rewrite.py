@@ -38,6 +38,14 @@ def rewrite(typing: Typing, keep: Mapping[Atom, Indices]) -> Graph:
     for name, axes in typing.tensors.items():
         if changes.any(axes):
             graph.set_tensor(name, slice_tensor(graph.tensor(name), axes, keep, changes))
+    if graph.weights is not None:
+        graph.weights = graph.weights.sliced(
+            {
+                name: {dim: changes.positions(axis) for dim, axis in enumerate(axes) if changes.axis(axis)}
+                for name, axes in typing.tensors.items()
+                if name in graph.weights and changes.any(axes)
+            }
+        )
     if any(changes.any(axes) for axes in typing.tensors.values()):
         sizes = {a: len(k) for a, k in keep.items()}
         for node, old in old_of.items():

@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves
 from graphopt.axes.infer import Resizer, Typing, Value
-from graphopt.graph import Call, Graph
+from graphopt.graph import SPEC, Call, Graph, TensorSpec
 from graphopt.sweep import default_dtype, flatten_inputs, own, promote
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -99,6 +100,59 @@ def _masked_difference(
     args, kwargs = inputs
     expected = masked_outputs(typing, keep, args, kwargs, double=double)
     return difference(expected, evaluate(pruned, args, kwargs, double=double), double=double)
+
+
+def shape_mismatch(graph: Graph) -> str | None:
+    """Run a graph on shapes alone, without values; return what does not fit, or None where everything does.
+
+    Every operator must take its operands, and yield what the graph says it yields. So a size that was not rewritten,
+    or two that no longer meet, are found; a wrong choice of indices is not.
+    """
+    args, kwargs = graph.example_inputs
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    runner = _ShapeRunner(graph, mode)
+    flat = flatten_inputs(graph.module, args, kwargs)
+    try:
+        with torch.no_grad(), mode:
+            runner.run(*pytree.tree_map(runner.faked, flat), enable_io_processing=False)
+    except _MismatchError as error:
+        return str(error)
+    except Exception as error:  # noqa: BLE001  # a wrong graph raises whatever its operators raise
+        return f"the result does not run on shapes: {type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+class _MismatchError(Exception):
+    """Stops a run at the first value that is not what the graph says."""
+
+
+class _ShapeRunner(fx.Interpreter):
+    def __init__(self, graph: Graph, mode: FakeTensorMode) -> None:
+        super().__init__(graph.module)
+        self.mode = mode
+        self.known: dict[str, Any] = {}
+
+    def faked(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        # What is on the meta device only waits for its values; they will be on the CPU.
+        device = "cpu" if value.is_meta else value.device
+        with self.mode:
+            return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target not in self.known:
+            self.known[target] = self.faked(self.fetch_attr(target))
+        return self.known[target]
+
+    def run_node(self, n: fx.Node) -> Any:
+        found = super().run_node(n)
+        expected = n.meta.get(SPEC)
+        if n.op == "call_function" and isinstance(found, torch.Tensor) and isinstance(expected, TensorSpec):
+            sizes = tuple(found.shape)
+            if sizes != expected.shape:
+                raise _MismatchError(f"{n.name} yields {list(sizes)}, and should yield {list(expected.shape)}")
+        return found
 
 
 def difference(expected: Any, found: Any, *, double: bool) -> Difference:

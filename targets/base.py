@@ -93,6 +93,8 @@ class Target(ABC):
     """What the target is called on the command line."""
     requires: ClassVar[str | None] = None
     """The extra of graphopt that brings what lowering needs; ``None`` where the core does."""
+    needs_values: ClassVar[bool] = True
+    """Whether lowering needs the values of all parameters, and so cannot take a graph that has none in memory."""
 
     channel_multiple: int = 1
     check: bool = True

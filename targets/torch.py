@@ -25,10 +25,13 @@ class TorchTarget(Target):
     """
 
     name: ClassVar[str] = "torch"
+    needs_values: ClassVar[bool] = False
 
     def lower(self, graph: Graph, directory: Path | None = None) -> Lowered:
         if directory is None:
             return Lowered()
+        if graph.hollow:
+            return Lowered(notes=(f"no {FILE} was written: the values of the parameters are not in memory",))
         program = programs.to_program(graph)
         with staged(directory) as stage:
             with programs.quiet():

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.autocast import Region, casts
 from graphopt.capture.inputs import Inputs
 from graphopt.errors import CaptureError
-from graphopt.graph import FIXED, OWNER, SPEC, Spec, TensorSpec, TraceCodeGen, TraceModule, set_tensor
+from graphopt.graph import FIXED, OWNER, SPEC, Spec, TensorSpec, TraceCodeGen, TraceModule, find_attribute, set_tensor
 
 aten = torch.ops.aten
 higher_order = torch.ops.higher_order
@@ -151,6 +151,12 @@ def build(
     module.graph = graph
     module.train(False)
     if specs.measured:
+        hollow = next((name for name in read if find_attribute(module, str(name)).is_meta), None)
+        if hollow is not None:
+            raise CaptureError(
+                f"the model makes sizes from the values of tensors, which only a run shows, but {hollow} "
+                "has no values: load the weights, or leave this part out of forward"
+            )
         _measure(module, inputs)
     return Built(module, {node: kind for node, kind in builder.owner_types.items() if node in set(graph.nodes)})
 

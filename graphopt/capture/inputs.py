@@ -182,7 +182,8 @@ def _like(model: nn.Module, leaf: Any) -> Any:
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if not isinstance(leaf, torch.Tensor) or weight is None:
         return leaf
-    return leaf.to(device=weight.device, dtype=weight.dtype if leaf.is_floating_point() else leaf.dtype)
+    device = leaf.device if weight.is_meta else weight.device
+    return leaf.to(device=device, dtype=weight.dtype if leaf.is_floating_point() else leaf.dtype)
 
 
 def _from_lightning(model: nn.Module) -> Inputs | None:

@@ -80,6 +80,12 @@ class GroupTaylor:
                 f"the criterion {self.name} needs gradients: pass calibration=[(inputs, labels), …], "
                 "or choose a criterion that looks at the parameters alone, such as l2"
             )
+        hollow = context.typing.graph.hollow
+        if hollow:
+            raise PipelineError(
+                f"the criterion {self.name} needs gradients, and {hollow[0]} has no values in memory: load them, or "
+                "choose a criterion that reads them one by one, such as l2"
+            )
         totals: Scores = {}
         divisors = nvit_divisors(context.typing.groups) if self.component == "nvit" else {}
         count = 0

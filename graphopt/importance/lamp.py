@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graphopt.importance import normalizers
 from graphopt.importance.criterion import ScoreContext, Scores
@@ -51,24 +51,32 @@ class LAMP:
 
     def score(self, context: ScoreContext) -> Scores:
         """Return the normalised scores."""
-        weights = {name: p for name, p in context.parameters.items() if p.dim() > 1}
+        weights = context.parameters.only(lambda parameter: parameter.dim() > 1)
         found = by_weight(context, weights) if self.unit == "weight" else by_channel(context, weights)
         scores = normalize(with_magnitudes(found, context, "it is in no weight"), self.normalizer, context)
         return _ranks(scores, context) if self.scope == "role" else scores
 
 
-def by_weight(context: ScoreContext, weights: Mapping[str, nn.Parameter]) -> Scores:
+def by_weight(context: ScoreContext, weights: Mapping[str, Tensor]) -> Scores:
     """Return the mean over the tensors of the sum of the weights' scores, for the groups that are in one."""
     sums = slice_sums(context, _WeightScores(weights))
     tensors = _tensors_of(context, weights)
     return {group: sums[group] / len(names) for group, names in tensors.items() if names}
 
 
-def by_channel(context: ScoreContext, weights: Mapping[str, nn.Parameter]) -> Scores:
+def by_channel(context: ScoreContext, weights: Mapping[str, Tensor]) -> Scores:
     """Return the mean over the tensors of the scores of a tensor's slices, for the groups that are in one."""
     found = {}
-    squares = {name: slice_sums(context, {name: weight}, _squares) for name, weight in weights.items()}
-    for group, names in _tensors_of(context, weights).items():
+    tensors = _tensors_of(context, weights)
+    held: dict[str, list[str]] = {}
+    for group, names in tensors.items():
+        for name in names:
+            held.setdefault(name, []).append(group)
+    squares: dict[str, Scores] = {}
+    for name, groups in held.items():
+        sums = slice_sums(context, {name: weights[name]}, _squares)
+        squares[name] = {group: sums[group] for group in groups}
+    for group, names in tensors.items():
         if names:
             found[group] = np.mean([normalizers.lamp(squares[name][group]) for name in names], axis=0)
     return found
@@ -77,7 +85,7 @@ def by_channel(context: ScoreContext, weights: Mapping[str, nn.Parameter]) -> Sc
 class _WeightScores(Mapping[str, Tensor]):
     """The scores of the single weights of each tensor, in float64; made when asked for, as they are large."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         self._weights = weights
 
     def __getitem__(self, name: str) -> Tensor:
@@ -91,8 +99,11 @@ class _WeightScores(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._weights)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
 
-def _tensors_of(context: ScoreContext, weights: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
+
+def _tensors_of(context: ScoreContext, weights: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return, for each group, the weights that hold its indices."""
     return {
         group.name: list(dict.fromkeys(place.tensor for place in group.places if place.tensor in weights))

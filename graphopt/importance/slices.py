@@ -11,7 +11,7 @@ under one name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graphopt.axes.algebra import Atom, Axis, Concat, Product, index_at, leaves
-from graphopt.importance.criterion import ScoreContext, Scores
+from graphopt.importance.criterion import Parameters, ScoreContext, Scores
 
 __all__ = ["in_float", "project", "reach", "slice_sums", "squared_magnitudes"]
 
@@ -49,17 +49,16 @@ def slice_sums(
     sums = {group.atom: np.zeros(group.size) for group in typing.groups}
     atoms = _AtomsOf(sums.keys())
     for name in context.parameters:
-        tensor = tensors.get(name)
-        if tensor is None:
+        if name not in tensors:
             continue
         axes = typing.tensors[name]
         dims = [dim for dim, axis in enumerate(axes) if atoms[axis]]
-        for dim, marginal in _marginals(tensor, dims, value):
+        for dim, marginal in _marginals(_blocks(tensors, name), dims, value):
             project(axes[dim], marginal.double().numpy(force=True), sums)
         for i, later in enumerate(dims):
             before = frozenset().union(*(atoms[axes[d]] for d in dims[:i]))
             for atom in atoms[axes[later]] & before:
-                sums[atom] -= _counted_before(value(tensor), axes, dims[:i], later, atom)
+                sums[atom] -= _counted_before(value(tensors[name]), axes, dims[:i], later, atom)
     return {group.name: sums[group.atom] for group in typing.groups}
 
 
@@ -81,8 +80,8 @@ def reach(context: ScoreContext) -> dict[str, float]:
     typing = context.typing
     totals = dict.fromkeys((group.atom for group in typing.groups), 0.0)
     atoms = _AtomsOf(totals.keys())
-    for name, parameter in context.parameters.items():
-        if parameter.dim() < 2:
+    for name in context.parameters:
+        if len(typing.tensors[name]) < 2:
             continue
         missed: dict[Atom, float] = {}
         for axis in typing.tensors[name]:
@@ -110,25 +109,32 @@ class _AtomsOf:
         return found
 
 
-def _marginals(tensor: Tensor, dims: Sequence[int], value: Callable[[Tensor], Tensor]) -> Iterator[tuple[int, Tensor]]:
+def _blocks(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    return tensors.blocks(name) if isinstance(tensors, Parameters) else iter((tensors[name],))
+
+
+def _marginals(
+    blocks: Iterable[Tensor], dims: Sequence[int], value: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[int, Tensor]]:
     """Yield the sums of the values over all dimensions but one, for each of ``dims``, ascending.
 
-    The first dimension is folded away as its own sums are taken, so the tensor is read once whatever its rank.
+    The first dimension is folded away as its own sums are taken, so the tensor, which comes in blocks of rows, is read
+    once whatever its rank.
     """
-    if not dims or not tensor.numel():
+    if not dims:
         return
     along: list[Tensor] = []
     across: Tensor | None = None
-    for rows in tensor.split(max(1, CHUNK * len(tensor) // tensor.numel())):
+    for rows in (r for b in blocks if b.numel() for r in b.split(max(1, CHUNK * len(b) // b.numel()))):
         values = value(rows)
         if dims[0] == 0:
             along.append(values.reshape(len(values), -1).sum(1))
         if dims[-1] > 0:
             across = values.sum(0) if across is None else across.add_(values.sum(0))
-    if dims[0] == 0:
+    if along:
         yield 0, torch.cat(along)
     if across is not None:
-        for dim, marginal in _marginals(across, [d - 1 for d in dims if d > 0], in_float):
+        for dim, marginal in _marginals([across], [d - 1 for d in dims if d > 0], in_float):
             yield dim + 1, marginal
 
 

@@ -86,6 +86,8 @@ class Pass(ABC):
     """What texts call the pass: words in lower case, joined by hyphens, the first one a verb."""
     preserves: ClassVar[Preserves]
     """What the pass promises."""
+    needs_values: ClassVar[bool] = True
+    """Whether the pass computes with the values of parameters, and so cannot run where they are not in memory."""
 
     @abstractmethod
     def run(self, graph: Graph, context: Context) -> PassResult:

@@ -50,6 +50,7 @@ class PruneChannels(Pass):
 
     name: ClassVar[str] = "prune-channels"
     preserves: ClassVar[Preserves] = Preserves.MASKED
+    needs_values: ClassVar[bool] = False
 
     importance: Criterion = field(default=L2(), metadata=choice(CRITERIA))
     allocation: Allocator = field(default=Knapsack(), metadata=choice(ALLOCATORS))
@@ -149,8 +150,8 @@ class PruneChannels(Pass):
 def _check_finite(typing: Typing) -> None:
     """Refuse parameters without a magnitude: no criterion could rank their indices."""
     for name, tensor in typing.graph.tensors().items():
-        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-            continue
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point() or tensor.is_meta:
+            continue  # the scores of one that is read from a checkpoint are looked at instead
         # A sum that is finite says that every entry is; one that is not may just have overflowed.
         if not bool(torch.isfinite(tensor.detach().sum())) and not bool(torch.isfinite(tensor.detach()).all()):
             raise PassError(
