@@ -7,12 +7,14 @@ The public names; everything else may change.
 - :class:`Plan` says which indices of a model's tensors are left, and prunes a checkpoint
 - :class:`Pass` is what a pass of your own derives from
 - :func:`debugging` lets a failure leave files that replay it
+- :func:`without_weights` builds a model whose weights do not fit in memory
 - every error derives from :class:`GraphOptError`
 """
 
 from importlib.metadata import version
 
 from graphopt.allocation import Budget
+from graphopt.capture import without_weights
 from graphopt.debugging import debugging
 from graphopt.errors import (
     BudgetError,
@@ -48,6 +50,7 @@ __all__ = [
     "explain",
     "inspect",
     "optimize",
+    "without_weights",
 ]
 
 __version__ = version("graphopt")

@@ -150,7 +150,7 @@ def optimize(
         with clock("capture"):
             graph = _captured(model, example_inputs)
             _bind(graph, checkpoint)
-        passes, left_out = _able(passes, chosen, pipeline, evaluate, graph)
+        passes, left_out = _able(passes, chosen, pipeline, {"evaluate": evaluate, "finetune": finetune}, graph)
         data = list(calibration) if isinstance(calibration, Iterator) else calibration
         typing = infer(graph)
         original = CostModel(typing).cost()
@@ -246,14 +246,17 @@ def _bind(graph: Graph, source: str | os.PathLike[str] | None) -> None:
     graph.weights = Weights.bind(Checkpoint.open(source), tensors, spare=buffers)
 
 
-def _able(passes: Pipeline, target: Target, own: Any, evaluate: Any, graph: Graph) -> tuple[Pipeline, list[str]]:
+def _able(
+    passes: Pipeline, target: Target, own: Any, functions: Mapping[str, Any], graph: Graph
+) -> tuple[Pipeline, list[str]]:
     """Return the passes that can run on the graph, and a note on those of the default that cannot."""
     hollow = graph.hollow
     if not hollow:
         return passes, []
     why = f"the values of {plural(len(hollow), 'tensor')} of the model ({listing(hollow)}) are not in memory"
-    if evaluate is not None:
-        raise PipelineError(f"evaluate needs a model that runs, and {why}: load the weights, or leave evaluate out")
+    for name, function in functions.items():
+        if function is not None:
+            raise PipelineError(f"{name} needs a model that runs, and {why}: load the weights, or leave {name} out")
     if target.needs_values:
         raise LoweringError(
             f"the target '{target.name}' needs all values, and {why}: optimize for target='torch', load what was "

@@ -51,7 +51,7 @@ class Sweep:
     Args:
         graph: what to run.
         batches: the inputs of each call. They are held in memory, all of them, until they were read for the last time.
-        tensor: returns the tensor of a name; by default the graph's own, read from its checkpoint where it has no values.
+        tensor: returns the tensor of a name; by default the graph's own, or what its checkpoint holds.
         double: compute in float64, whatever the model's precision.
 
     A sweep can be iterated any number of times, but not twice at once.

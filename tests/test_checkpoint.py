@@ -19,7 +19,7 @@ from graphopt.errors import PipelineError
 def written(folder: Path, *shards: dict[str, Tensor]) -> Path:
     """Write a checkpoint of several files with an index, and return the folder."""
     folder.mkdir()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards):
         safetensors.torch.save_file(shard, folder / f"part-{number}.safetensors", {"format": "pt"})
         weight_map |= dict.fromkeys(shard, f"part-{number}.safetensors")

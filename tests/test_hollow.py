@@ -9,15 +9,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.checkpoint import Checkpoint
+from graphopt.checkpoint import Checkpoint, Weights
 from graphopt.dialects.aten import infer
 from graphopt.errors import CaptureError, LoweringError, PipelineError
 from graphopt.graph import Call
 from graphopt.importance import CRITERIA, ScoreContext
 from graphopt.rewrite import rewrite
+from graphopt.sweep import Inputs, Sweep, lockstep
 from graphopt.verify import shape_mismatch
 
 TOKENS = torch.tensor([[1, 4, 2], [7, 7, 0]])
@@ -26,6 +28,8 @@ BUDGET = graphopt.Budget(flops=0.5)
 
 class Language(nn.Module):
     """A small language model: a tied classifier, positions made in forward, a buffer that no checkpoint holds."""
+
+    scale: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +52,11 @@ class Language(nn.Module):
 
 def on_meta() -> Language:
     with torch.device("meta"):
+        return Language()
+
+
+def unweighted() -> Language:
+    with graphopt.without_weights():
         return Language()
 
 
@@ -81,13 +90,13 @@ def loaded(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("make", [on_meta, faked])
+@pytest.mark.parametrize("make", [on_meta, faked, unweighted])
 @pytest.mark.parametrize("tokens", [TOKENS, TOKENS.to("meta")])
 def test_the_graph_is_that_of_the_model_with_values(make: Callable[[], Language], tokens: Tensor) -> None:
     graph, full = capture(make(), (tokens,)), capture(real(), (TOKENS,))
     assert graph.text() == full.text()
     assert graph.aliases == full.aliases
-    assert all(tensor.is_meta for tensor in graph.tensors().values())
+    assert graph.hollow == [n for n in graph.tensors() if n != "scale" or make is not unweighted]
     assert [n.meta.get("train_arguments") for n in graph.nodes] == [n.meta.get("train_arguments") for n in full.nodes]
     typing, expected = infer(graph), infer(full)
     assert [(g.name, g.size, g.role) for g in typing.groups] == [(g.name, g.size, g.role) for g in expected.groups]
@@ -192,6 +201,52 @@ def test_a_size_that_was_not_rewritten_is_found_on_shapes_alone() -> None:
     (node, *_) = (n for n in intact.nodes if n.op == "call_function" and "linear" in str(n.target))
     node.meta["spec"] = Call(node).out.resized((2, 3, 23))
     assert "should yield [2, 3, 23]" in str(shape_mismatch(intact))
+
+
+def test_models_without_weights_have_their_buffers_and_ties() -> None:
+    model, full = unweighted(), real()
+    assert torch.equal(model.scale, full.scale)
+    assert model.head.weight is model.embed.weight
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in full.named_parameters()}
+    assert all(p.is_meta and p.requires_grad for p in model.parameters())
+    assert not any(p.is_meta for p in nn.Linear(2, 2).parameters())
+
+
+def test_a_sweep_holds_one_layer_at_a_time(tmp_path: Path) -> None:
+    """Calibration data runs through a model whose weights stay in files, with the same values at every call."""
+    graph = capture(unweighted(), (TOKENS,))
+    full = capture(real(), (TOKENS,))
+    graph.weights = Weights.bind(
+        Checkpoint.open(stored(tmp_path / "in", real())), {n: (graph.tensor(n), graph.names(n)) for n in graph.hollow}
+    )
+    batches: list[Inputs] = [((TOKENS,), {}), ((TOKENS.flip(0),), {})]
+    read: list[str] = []
+
+    def watched(name: str) -> Tensor:
+        read.append(name)
+        return graph.value(name)
+
+    hollow, whole = Sweep(graph, batches, tensor=watched), Sweep(full, batches)
+    most = 0
+    for node, other in lockstep(hollow, whole):
+        assert node is not None
+        assert other is not None
+        for found, expected in zip(hollow.operands(node), whole.operands(other), strict=True):
+            pairs = zip(pytree.tree_leaves(found), pytree.tree_leaves(expected), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs if isinstance(a, Tensor))
+        most = max(most, sum(t.numel() for n, t in hollow._held.items() if n != "scale"))
+    # The embedding is also the classifier, and stays from one end to the other.
+    largest = max(t.numel() for n, t in graph.tensors().items() if "blocks" in n)
+    assert most <= 11 * 8 + largest + 24
+    assert sorted(read) == sorted(graph.tensors())
+
+
+def test_buffers_without_values_are_asked_for(tmp_path: Path) -> None:
+    graph = capture(on_meta(), (TOKENS,))
+    with pytest.raises(PipelineError, match=r"the buffer scale has no values.*graphopt.without_weights\(\)"):
+        graph.value("scale")
+    with pytest.raises(PipelineError, match=r"the parameter blocks.0.0.bias has no values.*checkpoint=PATH"):
+        graph.value("blocks.0.0.bias")
 
 
 def test_what_needs_values_is_refused_in_plain_words(tmp_path: Path) -> None:

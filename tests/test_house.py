@@ -35,6 +35,7 @@ PUBLIC = {
     "explain",
     "inspect",
     "optimize",
+    "without_weights",
 }
 
 # Imported only when a model, a target or a test asks for them.

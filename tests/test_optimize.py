@@ -61,6 +61,7 @@ def test_signature() -> None:
         "evaluate",
         "finetune",
         "steps",
+        "checkpoint",
         "output",
         "verify",
         "seed",

