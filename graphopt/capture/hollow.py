@@ -35,4 +35,4 @@ def without_weights() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
