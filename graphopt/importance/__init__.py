@@ -8,6 +8,7 @@ from graphopt.importance.bn_gamma import BNGamma
 from graphopt.importance.calibration import Batch, Loss
 from graphopt.importance.criterion import Criterion, ScoreContext, Scores
 from graphopt.importance.group_taylor import GroupTaylor
+from graphopt.importance.input_fluctuation import InputFluctuation
 from graphopt.importance.l1 import L1
 from graphopt.importance.l2 import L2
 from graphopt.importance.lamp import LAMP
@@ -24,6 +25,7 @@ __all__ = [
     "Batch",
     "Criterion",
     "GroupTaylor",
+    "InputFluctuation",
     "Loss",
     "Random",
     "ScoreContext",
@@ -37,6 +39,7 @@ CRITERIA: dict[str, type[Criterion]] = {
     "random": Random,
     "bn-gamma": BNGamma,
     "lamp": LAMP,
+    "input-fluctuation": InputFluctuation,
     "group-taylor": GroupTaylor,
 }
 """Every criterion by its name."""
