@@ -7,8 +7,10 @@ indices' parameters set to zero; where an operator normalises over them, what it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +202,43 @@ def _relative(a: Any, b: Any) -> float:
 
 def evaluate(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool = False) -> Any:
     """Run ``graph`` without gradients, in evaluation mode, in its own precision or in float64."""
-    return _Evaluator(graph, double=double).outputs(args, kwargs)
+    memory = _MEMORY.get()
+    if memory is None:
+        return _Evaluator(graph, double=double).outputs(args, kwargs)
+    for found in memory:
+        if found.graph is graph and found.args is args and found.kwargs is kwargs and found.double == double:
+            return found.outputs
+    found = _Remembered(graph, args, kwargs, double, _Evaluator(graph, double=double).outputs(args, kwargs))
+    memory.append(found)
+    return found.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    graph: Graph
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    double: bool
+    outputs: Any
+
+
+_MEMORY: ContextVar[deque[_Remembered] | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def remembering(most: int = 4) -> Iterator[None]:
+    """Within the block, evaluate a graph that is not changed any more once, however often its outputs are asked for.
+
+    What one pass is compared with is what the pass before it made: so a row of passes costs one evaluation a pass.
+
+    Args:
+        most: how many results are held.
+    """
+    token = _MEMORY.set(deque(maxlen=most))
+    try:
+        yield
+    finally:
+        _MEMORY.reset(token)
 
 
 def masked_outputs(

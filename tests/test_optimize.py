@@ -250,6 +250,14 @@ class TestSteps:
         report = graphopt.optimize(model, images(), budget=HALF, steps=2).report
         first, second = report.passes
         assert second.after.flops <= report.before.flops / 2 < first.after.flops <= report.before.flops / 2**0.5
+        whole = {site.name: (site.facts["size"], site.facts["kept"]) for site in report.groups}
+        assert {site.name: site.facts["size"] for site in first.applied}.items() <= {
+            n: s for n, (s, _) in whole.items()
+        }.items()
+        assert {site.name: site.facts["kept"] for site in second.applied}.items() <= {
+            n: k for n, (_, k) in whole.items()
+        }.items()
+        assert not {site.name for _, site in report.left_alone} & whole.keys()
         assert [first.text, second.text] == ["prune-channels{progress=0.5}", "prune-channels"]
 
     @pytest.mark.parametrize(

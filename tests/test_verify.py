@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -294,3 +295,32 @@ def test_what_is_normalised_over_is_measured_on_kept_indices() -> None:
     )
     expected = functional.linear(y, module.last.weight[:, kept], module.last.bias)
     torch.testing.assert_close(found[0], expected, rtol=1e-12, atol=0)
+
+
+def test_a_graph_is_evaluated_once_within_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = capture(nn.Linear(3, 2), torch.randn(4, 3))
+    args, kwargs = graph.example_inputs
+    runs: list[Graph] = []
+    outputs = verify._Evaluator.outputs
+
+    def counted(self: Any, *given: Any) -> Any:
+        runs.append(self.traced)
+        return outputs(self, *given)
+
+    monkeypatch.setattr(verify._Evaluator, "outputs", counted)
+    with verify.remembering(most=2):
+        first = evaluate(graph, args, kwargs)
+        assert evaluate(graph, args, kwargs) is first
+        assert len(runs) == 1
+        evaluate(graph, args, kwargs, double=True)
+        evaluate(graph.clone(), args, kwargs)
+        evaluate(graph, args, kwargs, double=True)
+        assert len(runs) == 3
+        assert evaluate(graph, args, {}) is not first
+        evaluate(graph, (torch.ones(4, 3),), kwargs)
+        assert len(runs) == 5
+        assert torch.equal(evaluate(graph, args, kwargs)[0], first[0])
+        assert len(runs) == 6
+    evaluate(graph, args, kwargs)
+    evaluate(graph, args, kwargs)
+    assert len(runs) == 8

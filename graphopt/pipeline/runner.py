@@ -19,6 +19,7 @@ from graphopt.pipeline.base import Context, Pass, PassResult, Preserves, Referen
 from graphopt.pipeline.promises import Failure, Promise, bisect, find_offenders, measure, same
 from graphopt.plan import Plan
 from graphopt.report import Comparison, PassRecord
+from graphopt.verify import remembering
 
 if TYPE_CHECKING:
     from graphopt.graph import Graph
@@ -107,7 +108,8 @@ def run(
         VerificationError: a pass broke its promise.
         BudgetError: a budget cannot be met.
     """
-    return _Run(pipeline, context, inputs, verify, forgiving).all(graph)
+    with remembering():
+        return _Run(pipeline, context, inputs, verify, forgiving).all(graph)
 
 
 @dataclass

@@ -70,8 +70,8 @@ def fragment(report: Account) -> str:
         _cards(report),
         _bullets(report.sentences()),
         _budget(report.budget),
-        _groups([site for site in report.groups if "kept" in site.facts]),
-        _applied([site for site in report.groups if "kept" not in site.facts]),
+        _groups(report.groups),
+        _applied(report.others),
         _left_alone(report.left_alone),
         _frozen(report),
         _unknown(report),
@@ -143,16 +143,32 @@ def _groups(sites: Sequence[Site]) -> str:
     return _section(f"What was removed: {plural(len(rows), 'group')}", intro + _table(columns, rows)) if rows else ""
 
 
-def _applied(sites: Sequence[Site]) -> str:
-    rows = [(f"<code>{escape(s.name)}</code>", escape(s.reason)) for s in sites]
-    return _section("What was done", _table(("site", "what"), rows)) if rows else ""
+def _applied(sites: Sequence[tuple[str, Site]]) -> str:
+    by_pass: dict[str, list[Site]] = {}
+    for name, site in sites:
+        by_pass.setdefault(name, []).append(site)
+    rows = [
+        (escape(name), _number(f"{len(found):,}"), _folded(*_told(found, [f"{s.name}: {s.reason}" for s in found])))
+        for name, found in by_pass.items()
+    ]
+    return _section("What else was done", _table(("pass", "#sites", "where and what"), rows)) if rows else ""
 
 
-def _left_alone(sites: Sequence[Site]) -> str:
-    rows = [(f"<code>{escape(s.name)}</code>", escape(s.facts.get("role", "")), escape(s.reason)) for s in sites]
-    return (
-        _section(f"What was left alone: {plural(len(rows), 'site')}", _table(("site", "", "why"), rows)) if rows else ""
-    )
+def _left_alone(sites: Sequence[tuple[str, Site]]) -> str:
+    by_reason: dict[tuple[str, str], list[Site]] = {}
+    for name, site in sites:
+        by_reason.setdefault((name, site.reason), []).append(site)
+    rows = [
+        (escape(name), _number(f"{len(found):,}"), _folded(*_told(found, [s.name for s in found])), escape(reason))
+        for (name, reason), found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
+    ]
+    columns = ("pass", "#sites", "which", "why")
+    return _section(f"What was left alone: {plural(len(sites), 'site')}", _table(columns, rows)) if rows else ""
+
+
+def _told(sites: Sequence[Site], lines: list[str]) -> tuple[str, list[str]]:
+    """Return the line that is always shown, and those that fold out."""
+    return (lines[0], []) if len(lines) == 1 else (f"{sites[0].name} and {len(sites) - 1} more", lines)
 
 
 def _frozen(report: Account) -> str:
@@ -258,6 +274,8 @@ def _bar(part: float, whole: float) -> str:
 
 
 def _folded(summary: str, items: Sequence[str]) -> str:
+    if not items:
+        return f"<code>{escape(summary)}</code>"
     listed = "<br>".join(f"<code>{escape(item)}</code>" for item in items)
     return f"<details><summary>{escape(summary)}</summary>{listed}</details>"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -254,13 +255,31 @@ class Account:
 
     @property
     def groups(self) -> list[Site]:
-        """The groups that lost indices, over all passes."""
-        return [site for each in self.passes for site in each.applied]
+        """The groups that lost indices; of one that several passes cut, what it was at first and what it is at last."""
+        found: dict[str, Site] = {}
+        for site in (s for each in self.passes for s in each.applied if "kept" in s.facts):
+            first = found.setdefault(site.name, site)
+            if first is not site:
+                size, kept = first.facts["size"], site.facts["kept"]
+                reason = f"kept {kept} of {plural(size, 'index', 'indices')}, in several steps"
+                found[site.name] = replace(first, reason=reason, facts={**first.facts, "kept": kept})
+        return list(found.values())
 
     @property
-    def left_alone(self) -> list[Site]:
-        """The sites that were left alone, over all passes."""
-        return [site for each in self.passes for site in each.skipped]
+    def others(self) -> list[tuple[str, Site]]:
+        """The sites, other than groups, where a pass acted, each with the name of the pass."""
+        return [(each.name, site) for each in self.passes for site in each.applied if "kept" not in site.facts]
+
+    @property
+    def left_alone(self) -> list[tuple[str, Site]]:
+        """The sites that were left alone, each with the name of the pass; no group that another pass cut."""
+        cut = {site.name for site in self.groups}
+        found: dict[tuple[str, str], Site] = {}
+        for each in self.passes:
+            for site in each.skipped:
+                if not ("kept" in site.facts and site.name in cut):
+                    found[each.name, site.name] = site
+        return [(name, site) for (name, _), site in found.items()]
 
     @property
     def changed(self) -> bool:
@@ -278,11 +297,15 @@ class Account:
             )
         else:
             yield "The model computes and costs what it did."
-        groups = [site for site in self.groups if "kept" in site.facts]
+        groups = self.groups
         if groups:
             size, kept = (sum(site.facts[key] for site in groups) for key in ("size", "kept"))
             removed = plural(size - kept, "index", "indices")
             yield f"{removed} of {size:,} were removed, in {plural(len(groups), 'group')}."
+        done = Counter(name for name, _ in self.others)
+        if done:
+            told = listing([f"{name} at {plural(count, 'site')}" for name, count in done.items()], len(done))
+            yield f"Besides: {told}."
         for line in self.budget:
             met = "" if line.met else ", which is above the target"
             yield (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import StringIO
 from typing import Any
 
@@ -23,6 +24,8 @@ WIDTH = 112
 """Columns of the text that `str()` gives."""
 MOST_ROWS = 24
 """Rows of a table before the rest is summed up; pages and JSON have all of them."""
+
+NUMBER = re.compile(r"\d[\d,.]*")
 
 COSTS = (
     ("flops", "flops", amount),
@@ -56,12 +59,10 @@ def report_parts(report: Account) -> Iterator[RenderableType]:
             border_style="yellow",
         )
     yield _costs(report)
-    groups = [site for site in (*report.groups, *report.left_alone) if "kept" in site.facts]
-    if any(site.applied for site in groups):
-        yield _groups(groups)
-    others = [site for site in report.groups if "kept" not in site.facts]
-    if others:
-        yield bullets("Applied", [f"{site.name}: {site.reason}" for site in others])
+    if report.groups:
+        yield _groups(report.groups, sum("kept" in site.facts for _, site in report.left_alone))
+    if report.others:
+        yield _others(report.others)
     if report.left_alone:
         yield _left_alone(report.left_alone)
     if report.frozen:
@@ -104,9 +105,9 @@ def _bar(part: float, whole: float, width: int = 12) -> str:
     return f"[cyan]{'━' * filled}[/][dim]{'─' * (width - filled)}[/]"
 
 
-def _groups(sites: Sequence[Site]) -> RenderableType:
-    cut = sorted((s for s in sites if s.applied), key=lambda s: -s.facts.get("flops", 0))
-    drawn = table("group", "role", "kept", "of", "", "places", title=f"Groups ({len(cut)} of {len(sites)} cut)")
+def _groups(sites: Sequence[Site], whole: int) -> RenderableType:
+    cut = sorted(sites, key=lambda s: -s.facts.get("flops", 0))
+    drawn = table("group", "role", "kept", "of", "", "places", title=f"Groups ({len(cut)} of {len(cut) + whole} cut)")
     for site in cut[:MOST_ROWS]:
         facts = site.facts
         name = escape(site.name) + (" [dim]normalised over[/]" if facts.get("normalised") else "")
@@ -128,14 +129,33 @@ def _with_rest(drawn: Table, rest: Sequence[Site]) -> RenderableType:
     return Group(drawn, Text(f"  {more}", style="dim"))
 
 
-def _left_alone(sites: Sequence[Site]) -> Table:
-    by_reason: dict[str, list[str]] = {}
-    for site in sites:
-        by_reason.setdefault(_general(site), []).append(site.name)
-    drawn = table("left alone", "sites", "which", title="Left alone, and why")
-    for reason, names in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        drawn.add_row(escape(reason), str(len(names)), escape(listing(names, 2)))
+def _others(sites: Sequence[tuple[str, Site]]) -> Table:
+    drawn = table("pass", "applied", "for example", title="What else was done")
+    for name, found in _by(sites, lambda name, _: name).items():
+        first = found[0][1]
+        drawn.add_row(
+            escape(name), str(len(found)), escape(f"{first.name}: {first.reason}" if first.reason else first.name)
+        )
     return drawn
+
+
+def _left_alone(sites: Sequence[tuple[str, Site]]) -> RenderableType:
+    by_reason = _by(sites, lambda name, site: (name, NUMBER.sub("", site.reason)))
+    drawn = table("pass", "left alone", "sites", "which", title="Left alone, and why")
+    rows = sorted(by_reason.values(), key=len, reverse=True)
+    for found in rows[:MOST_ROWS]:
+        name, first = found[0]
+        which = listing([site.name for _, site in found], 2)
+        drawn.add_row(escape(name), escape(_general(first)), str(len(found)), escape(which))
+    rest = rows[MOST_ROWS:]
+    return Group(drawn, Text(f"  and {plural(len(rest), 'reason')} more", style="dim")) if rest else drawn
+
+
+def _by(sites: Iterable[tuple[str, Site]], key: Callable[[str, Site], Any]) -> dict[Any, list[tuple[str, Site]]]:
+    found: dict[Any, list[tuple[str, Site]]] = {}
+    for name, site in sites:
+        found.setdefault(key(name, site), []).append((name, site))
+    return found
 
 
 def _general(site: Site) -> str:
