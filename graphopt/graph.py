@@ -77,6 +77,7 @@ Spec = TensorSpec | int | float | bool | None | tuple["Spec", ...]
 class Source:
     """Say what positions of a tensor's dimension stand for in the input model: ``positions`` of a tensor's ``dim``.
 
+    Of a dimension that is several tensors' one after the other, each is a source; at the others' positions it has -1.
     ``shape`` is the shape of that tensor in the input model, or, once indices were removed, in what is left of it.
     """
 

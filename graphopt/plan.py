@@ -69,7 +69,7 @@ class Plan:
                     shapes[source.tensor] = source.shape
                     everything = np.arange(source.shape[source.dim], dtype=np.int64)
                     mine = source.positions[found.keep.get(name, {}).get(dim, slice(None))]
-                    kept[place] = np.union1d(kept.get(place, everything[:0]), mine)
+                    kept[place] = np.union1d(kept.get(place, everything[:0]), mine[mine >= 0])
                     left[place] = np.setdiff1d(left.get(place, everything), source.positions)
         result: Kept = {}
         for (tensor, dim), indices in kept.items():
@@ -107,7 +107,9 @@ class Plan:
         if source.tensor not in self.keep:
             return source
         kept = self.keep[source.tensor].get(source.dim)
-        positions = source.positions if kept is None else np.searchsorted(kept, source.positions)
+        positions = source.positions
+        if kept is not None:
+            positions = np.where(positions < 0, -1, np.searchsorted(kept, positions))
         return replace(source, shape=self.shape_after(source.tensor), positions=positions)
 
     def then(self, later: Plan) -> Plan:

@@ -1,0 +1,5 @@
+"""Hold the passes that bring graphs into a simpler form, and leave what they compute alone."""
+
+from graphopt.passes.canonicalize.split_parallel import SplitParallel
+
+__all__ = ["SplitParallel"]
