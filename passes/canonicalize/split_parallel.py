@@ -120,7 +120,7 @@ class SplitParallel(Pass):
     def run(self, graph: Graph, context: Context) -> PassResult:
         for node in list(graph.nodes):
             affine = read_affine(node)
-            if affine is None or not _is_cut(node):
+            if affine is None or not _is_cut(node) or not context.allows(node.name):
                 continue
             try:
                 packed = _read(affine)
