@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -69,9 +70,12 @@ def slice_tensor(tensor: torch.Tensor, axes: Axes, keep: Mapping[Atom, Indices],
     """Return the kept part of ``tensor``, contiguous, a parameter if it was one."""
     changes = changes or _Changes(keep)
     found = tensor.detach()
-    for dim, axis in enumerate(axes):
-        if changes.axis(axis):
-            found = found.index_select(dim, torch.from_numpy(changes.positions(axis)).to(tensor.device))
+    dims = [dim for dim, axis in enumerate(axes) if changes.axis(axis)]
+    for turn, dim in enumerate(dims):
+        positions = torch.from_numpy(changes.positions(axes[dim])).to(tensor.device)
+        last = turn == len(dims) - 1
+        out = None if last else changes.scratch(turn, found, dim, len(positions))
+        found = torch.index_select(found, dim, positions, out=out)
     if isinstance(tensor, torch.nn.Parameter):
         return torch.nn.Parameter(found, requires_grad=tensor.requires_grad)
     return found
@@ -97,6 +101,22 @@ class _Changes:
         self._keep = keep
         self._changed: dict[int, bool] = {}
         self._positions: dict[int, Indices] = {}
+        self._scratch: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def scratch(self, turn: int, tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor | None:
+        """Lend memory for ``tensor`` with another size of ``dim``, between two slicings of it.
+
+        Fresh memory of a large tensor costs more than the slicing: the system hands it out page by page. So one piece
+        serves all tensors of a type; ``turn`` tells apart what is read from what is written.
+        """
+        if tensor.device.type != "cpu" or type(tensor) is not torch.Tensor:
+            return None
+        shape = [size if d == dim else n for d, n in enumerate(tensor.shape)]
+        key = (turn % 2, tensor.dtype)
+        held = self._scratch.get(key)
+        if held is None or held.numel() < prod(shape):
+            held = self._scratch[key] = tensor.new_empty(prod(shape))
+        return held[: prod(shape)].view(shape)
 
     def axis(self, axis: Axis) -> bool:
         found = self._changed.get(id(axis))
