@@ -6,8 +6,8 @@ if __name__ != "graphopt.passes":
         "take its parent folder off sys.path, or import graphopt.passes"
     )
 
-from graphopt.passes.canonicalize import SplitParallel
+from graphopt.passes.canonicalize import FoldConstants, RemoveIdentities, SplitParallel
 from graphopt.passes.prune import PruneChannels
 from graphopt.passes.recover import FineTune
 
-__all__ = ["FineTune", "PruneChannels", "SplitParallel"]
+__all__ = ["FineTune", "FoldConstants", "PruneChannels", "RemoveIdentities", "SplitParallel"]

@@ -1,5 +1,7 @@
 """Hold the passes that bring graphs into a simpler form, and leave what they compute alone."""
 
+from graphopt.passes.canonicalize.fold_constants import FoldConstants
+from graphopt.passes.canonicalize.remove_identities import RemoveIdentities
 from graphopt.passes.canonicalize.split_parallel import SplitParallel
 
-__all__ = ["SplitParallel"]
+__all__ = ["FoldConstants", "RemoveIdentities", "SplitParallel"]
