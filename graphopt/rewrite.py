@@ -159,6 +159,11 @@ def _checked(typing: Typing, keep: Mapping[Atom, Indices]) -> dict[Atom, Indices
                 f"the keep set of {group.name} must be sorted, unique, not empty and within 0..{group.size - 1}; "
                 f"it starts {kept[:5].tolist()} and has {kept.size} entries"
             )
+        if len(kept) < group.least:
+            raise PassError(
+                f"the keep set of {group.name} must hold {group.least} indices at least, since an operator takes so "
+                f"many of them by their values; it has {len(kept)}"
+            )
         if len(kept) < group.size:
             checked[atom] = kept
     return checked

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves
-from graphopt.axes.infer import Resizer, Typing, Value
+from graphopt.axes.infer import Positions, Resizer, Typing, Value
 from graphopt.graph import SPEC, Call, Graph, TensorSpec
 from graphopt.sweep import default_dtype, flatten_inputs, own, promote
 
@@ -252,6 +252,7 @@ def masked_outputs(
     """Run the typed graph with the parameters of every removed index set to zero.
 
     A node that normalises over a pruned atom is evaluated on the kept indices alone; its result is zero elsewhere.
+    Positions that it yields, such as those of the largest entries, are counted among all again.
     """
     return _MaskedEvaluator(typing, keep, double=double).outputs(args, kwargs)
 
@@ -314,7 +315,8 @@ class _MaskedEvaluator(_Evaluator):
             twin = scratch.placeholder(operand.name)
             twin.meta = dict(operand.meta)
             old[twin] = operand
-            values[twin] = self._gather(self.env[operand], self.typing.values[operand], keep)
+            gathered = self._gather(self.env[operand], self.typing.values[operand], keep)
+            values[twin] = self._renumbered(gathered, self.typing.positions.get(operand), keep, forth=True)
         twins = {operand: twin for twin, operand in old.items()}
         call = scratch.node_copy(node, lambda n: twins[n])
         old[call] = node
@@ -327,7 +329,20 @@ class _MaskedEvaluator(_Evaluator):
             if each.op == "call_function":
                 args, kwargs = fx.node.map_arg((each.args, each.kwargs), values.__getitem__)
                 values[each] = self.call_function(each.target, args, kwargs)
-        return self._scatter(values[call], self.typing.values[node], keep)
+        found = self._scatter(values[call], self.typing.values[node], keep)
+        return self._renumbered(found, self.typing.positions.get(node), keep, forth=False)
+
+    def _renumbered(self, value: Any, held: Positions, keep: Mapping[Atom, Indices], *, forth: bool) -> Any:
+        """Count positions of an axis anew among the kept ones (``forth``), or as before any were removed."""
+        if isinstance(held, list):
+            return [self._renumbered(v, h, keep, forth=forth) for v, h in zip(value, held, strict=True)]
+        kept = None if held is None else self._kept(held, keep)
+        if kept is None:
+            return value
+        numbers = torch.from_numpy(kept).to(value.device)
+        if forth:
+            return torch.searchsorted(numbers, value.long()).to(value.dtype)
+        return numbers[value.long()].to(value.dtype)
 
     def _gather(self, value: Any, axes: Value, keep: Mapping[Atom, Indices]) -> Any:
         if isinstance(axes, list):

@@ -130,6 +130,7 @@ class Constraints:
                 least = most = float(group.size)
             step = steps.get(group.atom, 1)
             # A share of 0.1 of 30 is 3 although 0.1 * 30 is a little more.
+            least = max(least, group.least)
             low = min(group.size, max(1, math.ceil(math.ceil(least - 1e-9) / step)) * step)
             high = group.size if most >= group.size else max(low, int(most + 1e-9) // step * step)
             lower.append(low)

@@ -25,6 +25,7 @@ class Group:
 
     ``normalised`` names the nodes that normalise over the group (a mean, a layer norm …): removing an index then
     renormalises over the kept ones, so the group is pruned after the exact ones unless the user says otherwise.
+    ``least`` is how many indices must stay, as where an operator takes the k largest of them.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Group:
     places: tuple[Place, ...]
     normalised: tuple[str, ...] = ()
     role: str = "channels"
+    least: int = 1
 
     def __repr__(self) -> str:
         return f"Group({self.name}, {self.role} {self.size}, {len(self.places)} places)"

@@ -24,6 +24,9 @@ Axes = tuple[Axis, ...]
 Value = Axes | list["Value"] | None
 Atoms = frozenset[Atom]
 
+Positions = Axis | list["Positions"] | None
+"""Of which axis the entries of a tensor of numbers are positions; for an operator of several results, of each."""
+
 Faces = frozenset[tuple[Atom, int]]
 """An atom and a dimension: the entries of a value whose index of that atom, in that dimension, is removed."""
 
@@ -38,12 +41,15 @@ class Operator:
 
     ``type`` gives the axes of the result and unifies those of the arguments. ``zeros`` gives the atoms whose removed
     indices are zero in the result when their parameters are set to zero; without it none is. ``resize`` rewrites the
-    size-bearing arguments after a pruning; without it there are none.
+    size-bearing arguments after a pruning; without it there are none. ``positions`` says of which axis the entries of
+    the result are positions, and that the operator may be given such entries: when the axis loses indices, they are
+    counted anew among those that stay. Without it, an axis whose positions the operator is given stays whole.
     """
 
     type: Callable[[Typer, Call], Value]
     zeros: Callable[[Zeros, Call], Atoms] | None = None
     resize: Callable[[Resizer, Call], None] | None = None
+    positions: Callable[[Typer, Call], Positions] | None = None
 
 
 @dataclass(slots=True)
@@ -52,7 +58,8 @@ class Typing:
 
     ``tensors`` and ``values`` give the axes of parameters and of nodes; ``macs`` the multiply-adds of a node, as the
     sum over its entries of the product of their sizes; ``groups`` the free groups in graph order; ``unknown`` the
-    nodes whose operator has no entry in the dialect; ``normalising`` the atoms that a node renormalises over.
+    nodes whose operator has no entry in the dialect; ``normalising`` the atoms that a node renormalises over;
+    ``positions`` of which axis a node's entries are positions.
     """
 
     graph: Graph
@@ -64,6 +71,7 @@ class Typing:
     unknown: list[fx.Node]
     normalising: dict[fx.Node, Atoms]
     operators: Mapping[Any, Operator]
+    positions: dict[fx.Node, Positions] = field(default_factory=dict)
 
     def frozen(self) -> list[tuple[Place, Reason]]:
         """Return every parameter dimension of which some position cannot go, with the first reason.
@@ -103,6 +111,8 @@ class Typer:
         self.normalised: list[tuple[fx.Node, Axis]] = []
         self.contracted: list[tuple[fx.Node, tuple[fx.Node, ...], Axis]] = []
         self.roles: list[tuple[Axis, str]] = []
+        self.positions: dict[fx.Node, Positions] = {}
+        self.floors: list[tuple[Axis, int]] = []
 
     # -- reading --
 
@@ -195,6 +205,30 @@ class Typer:
         nodes = tuple(o for o in operands if isinstance(o, fx.Node))
         if axis is not ONE and not any(_is_parameter(self.graph, n) for n in nodes):
             self.contracted.append((self.node, nodes, axis))
+
+    def choose(self, axis: Axis, count: int) -> None:
+        """Note that the current node takes ``count`` positions of ``axis`` by their values: so many must stay.
+
+        Which ones it takes depends on all that are there.
+        """
+        self.normalise(axis)
+        self.floors.append((axis, count))
+        self.mark(axis, "experts")
+
+    def is_chosen(self, axis: Axis) -> bool:
+        """Say whether positions of ``axis`` were taken by their values before, and it may lose some."""
+        chosen = {leaf for each, _ in self.floors for leaf in leaves(each)}
+        return not algebra.is_frozen(axis) and chosen.issuperset(leaves(axis))
+
+    def address(self, axis: Axis, indices: Any, why: str) -> None:
+        """Tie ``axis``, whose positions are looked up, with the axis that ``indices`` holds positions of."""
+        held = self.positions.get(indices)
+        if isinstance(held, Axis) and held.size == axis.size:
+            self.unify(axis, held)
+            return
+        for each in _axes_of_positions(held):
+            self.freeze(each, why)
+        self.freeze(axis, why)
 
     def mark(self, axis: Axis, role: str) -> None:
         """Note what the indices of ``axis`` are, in the field's words."""
@@ -379,16 +413,36 @@ def _type(typer: Typer, node: fx.Node, operators: Mapping[Any, Operator]) -> Val
         for value in _tensor_nodes(node):
             for axis in _axes_in(typer.values[value]):
                 typer.freeze(axis, "a dimension of the model's output")
+        _give_up_positions(typer, node, "its positions are the model's output")
         return None
     operator = operators.get(node.target)
+    if operator is None or operator.positions is None:
+        _give_up_positions(typer, node, f"{node.target} uses positions of it")
     if operator is None:
         if spec_of(node) is None or isinstance(spec_of(node), int | float | bool):
             return None
         return _unknown(typer, node, f"{node.target} has no axis rule")
     typed = operator.type(typer, Call(node))
     if not _fits(typed, spec_of(node)):
+        _give_up_positions(typer, node, f"{node.target} uses positions of it")
         return _unknown(typer, node, f"the axis rule of {node.target} does not fit this call")
+    if operator.positions is not None:
+        typer.positions[node] = operator.positions(typer, Call(node))
     return typed
+
+
+def _give_up_positions(typer: Typer, node: fx.Node, why: str) -> None:
+    for operand in _tensor_nodes(node):
+        for axis in _axes_of_positions(typer.positions.get(operand)):
+            typer.freeze(axis, why)
+
+
+def _axes_of_positions(held: Positions) -> Iterable[Axis]:
+    if isinstance(held, list):
+        for each in held:
+            yield from _axes_of_positions(each)
+    elif held is not None:
+        yield held
 
 
 def _unknown(typer: Typer, node: fx.Node, why: str) -> Value:
@@ -458,7 +512,13 @@ def _solve(typer: Typer, operators: Mapping[Any, Operator]) -> Typing:
             found = solved[id(axis)] = algebra.resolve(axis)
         return found
 
+    def placed(held: Positions) -> Positions:
+        if isinstance(held, list):
+            return [placed(each) for each in held]
+        return None if held is None else solve(held)
+
     tensors = {name: tuple(solve(a) for a in axes) for name, axes in typer.tensors.items()}
+    positions = {node: placed(held) for node, held in typer.positions.items() if held is not None}
     values = {node: final(value) for node, value in typer.values.items()}
     macs = {node: [tuple(solve(a) for a in term) for term in terms] for node, terms in typer.macs.items()}
     groups = _groups(typer, tensors)
@@ -469,9 +529,35 @@ def _solve(typer: Typer, operators: Mapping[Any, Operator]) -> Typing:
         for each in atoms:
             names.setdefault(each, []).append(node.name)
     _name(groups, typer.roles)
+    floors: dict[Atom, int] = {}
+    for axis, count in typer.floors:
+        for atom, least in _least(algebra.resolve(axis), count):
+            floors[atom] = max(floors.get(atom, 1), least)
     for group in groups:
         group.normalised = tuple(names.get(group.atom, ()))
-    return Typing(typer.graph, tensors, values, macs, typer.facts, groups, typer.unknown, normalising, operators)
+        group.least = floors.get(group.atom, 1)
+    return Typing(
+        typer.graph, tensors, values, macs, typer.facts, groups, typer.unknown, normalising, operators, positions
+    )
+
+
+def _least(axis: Axis, count: int) -> Iterable[tuple[Atom, int]]:
+    """Yield how many indices of each atom suffice that ``axis`` keeps ``count`` positions.
+
+    Of a product one factor shrinks, the largest; of a concatenation the largest part must stay first.
+    """
+    if isinstance(axis, Atom):
+        yield axis, count
+    elif isinstance(axis, Product) and axis.factors:
+        largest = max(axis.factors, key=lambda factor: factor.size)
+        yield from _least(largest, -(-count * largest.size // axis.size))
+        for factor in axis.factors:
+            if factor is not largest:
+                yield from _least(factor, factor.size)
+    elif isinstance(axis, Concat):
+        for part in sorted(axis.parts, key=lambda part: -part.size):
+            yield from _least(part, min(count, part.size))
+            count -= min(count, part.size)
 
 
 def _groups(typer: Typer, tensors: Mapping[str, Axes]) -> list[Group]:

@@ -352,6 +352,11 @@ def tile(t: Typer, x: Axes, repeats: Sequence[int]) -> tuple[Axes, Axes]:
     return tuple(product((c, a)) for c, a in zip(counts, padded, strict=True)), counts
 
 
+def one_hot(t: Typer, indices: Axes, held: Axis | None, classes: int) -> Axes | None:
+    """Spread positions out over the axis they are positions of; None where they are of no axis of this size."""
+    return (*indices, held) if held is not None and held.size == classes else None
+
+
 def drop(x: Axes, dims: Sequence[int], *, keepdim: bool) -> Axes:
     """Remove dimensions, or leave a single position in their place."""
     gone = {d % len(x) for d in dims} if x else set()

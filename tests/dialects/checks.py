@@ -107,7 +107,9 @@ def draw(groups: Iterable[Group], rng: np.random.Generator, *, single: bool = Fa
     """Draw what each group keeps, uneven in number and place; ``single`` keeps one index of each."""
     keep = {}
     for group in groups:
-        count = 1 if single else int(rng.integers(1, group.size))
+        if group.least == group.size:
+            continue
+        count = group.least if single else int(rng.integers(group.least, group.size))
         keep[group.atom] = np.sort(rng.permutation(group.size)[:count])
     return keep
 

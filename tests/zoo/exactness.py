@@ -38,7 +38,9 @@ class Exactness:
 def draw(groups: Sequence[Group], seed: int) -> dict[Atom, Indices]:
     """Draw what each group keeps: another number and other indices for each."""
     rng = np.random.default_rng(seed)
-    return {g.atom: np.sort(rng.permutation(g.size)[: rng.integers(1, g.size)]) for g in groups}
+    return {
+        g.atom: np.sort(rng.permutation(g.size)[: rng.integers(g.least, g.size)]) for g in groups if g.least < g.size
+    }
 
 
 def compare(typing: Typing, keep: Mapping[Atom, Indices], *, double: bool) -> Difference:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.axes.infer import Atoms, Axes, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.infer import Atoms, Axes, Operator, Positions, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast
 from graphopt.graph import Call, TensorSpec, hint, spec_of
 
@@ -113,8 +113,31 @@ def resize_shape(name: str) -> Any:
     return resize
 
 
+# -- entries that are positions of an axis --
+
+
+def same_positions(t: Typer, call: Call) -> Positions:
+    """Type a result whose entries are some of the first argument's."""
+    source = call.node.args[0]
+    return t.positions.get(source) if isinstance(source, fx.Node) else None
+
+
+def no_positions(t: Typer, call: Call) -> Positions:
+    """Type a result that holds no positions, of an operator that knows what to do with those it is given."""
+    return None
+
+
+CHOOSING = frozenset({aten.topk.default, aten.max.dim, aten.argmax.default})
+"""Operators that yield positions of the largest entries along ``dim``."""
+
 PASS = Operator(same, zeros_of_first)
 """First argument's axes, and zero where it is zero."""
+
+MOVE = Operator(same, zeros_of_first, positions=same_positions)
+"""First argument's axes and entries."""
+
+LIKE = Operator(same, zeros_of_first, positions=no_positions)
+"""First argument's axes; its entries are not looked at."""
 
 LOSE = Operator(same)
 """First argument's axes; removed entries do not stay zero."""

@@ -76,7 +76,7 @@ def _matmul(t: Typer, call: Call) -> Value:
     first, second = operands(call)
     out, inner = matmul(t, t[first], t[second])
     t.contract(inner, first, second)
-    if len(t[first]) > 2 and len(t[second]) > 2:
+    if len(t[first]) > 2 and len(t[second]) > 2 and "get_attr" not in (first.op, second.op):
         # Attention written out: scores contract the query width, their product with the values yields the value width.
         t.mark(out[-3], "heads")
         t.mark(inner, "qk dim")
@@ -181,10 +181,16 @@ def _zeros_of_bilinear(z: Zeros, call: Call) -> Atoms:
 
 
 def _grouped_mm(t: Typer, call: Call) -> Value:
-    """Rows sorted by expert times that expert's matrix: ``x (s, k)``, ``weight (experts, k, n)`` -> ``(s, n)``."""
+    """Rows sorted by expert times that expert's matrix: ``x (s, k)``, ``weight (experts, k, n)`` -> ``(s, n)``.
+
+    An expert that no row is given to is not computed, so experts that are never chosen can go with their offsets.
+    """
     x, weight, offsets = (t[n] for n in operands(call)[:3])
-    t.freeze(weight[0], "an expert is chosen by data")
-    t.freeze(offsets[0], "an expert is chosen by data")
+    if t.is_chosen(offsets[0]):
+        t.unify(weight[0], offsets[0])
+    else:
+        t.freeze(weight[0], "an expert is chosen by data")
+        t.freeze(offsets[0], "an expert is chosen by data")
     t.unify(x[-1], weight[-2])
     t.multiply(x[0], weight[-2], weight[-1])
     return (*x[:-1], weight[-1])

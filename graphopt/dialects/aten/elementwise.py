@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx
 
 from graphopt.axes.infer import NO_ATOMS, Atoms, Operator, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast
-from graphopt.dialects.aten.common import LOSE, PASS, elementwise, is_tensor, operands, same, table
+from graphopt.dialects.aten.common import LIKE, LOSE, MOVE, PASS, elementwise, is_tensor, operands, same, table
 from graphopt.graph import Call
 
 aten = torch.ops.aten
@@ -145,21 +147,16 @@ OPERATORS = {
             "dropout_",
             "feature_dropout",
             "alpha_dropout",
-            "contiguous",
-            "clone",
-            "alias",
         ),
-        *("detach", "detach_", "lift_fresh_copy", "lift_fresh", "_to_copy", "zeros_like", "positive", "real"),
-        *(
-            "to.dtype",
-            "to.device",
-            "to.dtype_layout",
-            "to.other",
-            "type_as",
-            "nan_to_num",
-            "zero_",
-        ),
+        *("positive", "real", "nan_to_num", "zero_"),
     ),
+    **table(
+        MOVE,
+        *("contiguous", "clone", "alias", "detach", "detach_", "lift_fresh_copy", "lift_fresh", "_to_copy", "to.dtype"),
+        *("to.device", "to.dtype_layout", "to.other", "type_as"),
+    ),
+    **table(LIKE, "zeros_like"),
+    **table(replace(LIKE, zeros=None), "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
     # f(0) != 0, or unknown
     **table(
         LOSE,
@@ -183,13 +180,8 @@ OPERATORS = {
             "isnan",
             "isinf",
             "isfinite",
-            "ones_like",
-            "full_like",
-            "empty_like",
-            "rand_like",
         ),
         *(
-            "randn_like",
             "threshold",
             "threshold_",
             "sgn",

@@ -7,23 +7,27 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.axes.infer import Atoms, Operator, Typer, Value, Zeros
-from graphopt.axes.rules import broadcast
-from graphopt.dialects.aten.common import opaque, operands, table, zeros_of_first
+from graphopt.axes.algebra import Axis, leaves
+from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.rules import broadcast, one_hot
+from graphopt.dialects.aten.common import no_positions, opaque, operands, same_positions, table, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
 _WHY = "addressed by data"
+_COUNTED = "counted or searched by data"
 
 
 def _embedding(t: Typer, call: Call) -> Value:
     weight = t[call["weight"]]
-    t.freeze(weight[0], _WHY)
+    t.address(weight[0], call["indices"], _WHY)
     return (*t[call["indices"]], weight[1])
 
 
 def _index(t: Typer, call: Call) -> Value:
-    """Advanced indexing: the indexed dimensions are frozen, those of the indices take their place.
+    """Advanced indexing: the dimensions of the indices take the place of those that are indexed, which are frozen.
+
+    A dimension whose positions the indices are known to hold is tied instead with the axis that they are positions of.
 
     They stand where the first index stood when the indexed dimensions are adjacent, and in front otherwise.
     """
@@ -35,7 +39,7 @@ def _index(t: Typer, call: Call) -> Value:
         return t.opaque(t.shape(), "masked by data")
     dims = [d for d, i in enumerate(indices) if i is not None]
     for d in dims:
-        t.freeze(x[d], _WHY)
+        t.address(x[d], indices[d], _WHY)
     placed = broadcast(t, *(t[i] for i in indices if i is not None))
     for axis in placed:
         t.freeze(axis, "the dimension of an index table")
@@ -53,7 +57,7 @@ def _is_mask(node: fx.Node) -> bool:
 def _index_select(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
-    t.freeze(x[dim], _WHY)
+    t.address(x[dim], call["index"], _WHY)
     for axis in t[call["index"]]:
         t.freeze(axis, "the dimension of an index table")
     return (*x[:dim], t.fixed(t.shape()[dim], _WHY), *x[dim + 1 :])
@@ -63,7 +67,7 @@ def _gather(t: Typer, call: Call) -> Value:
     """Entries move along ``dim``; along the other dimensions index and source must agree where they are whole."""
     x, index = t[call["self"]], t[call["index"]]
     dim = call["dim"] % len(x)
-    t.freeze(x[dim], _WHY)
+    t.address(x[dim], call["index"], _WHY)
     for d, (a, b) in enumerate(zip(x, index, strict=True)):
         if d != dim and a.size == b.size:
             t.unify(a, b)
@@ -82,7 +86,7 @@ def _take_along(t: Typer, call: Call) -> Value:
             t.freeze(axis, _WHY)
         return t.opaque(t.shape(), _WHY)
     dim = call["dim"] % len(x)
-    t.freeze(x[dim], _WHY)
+    t.address(x[dim], call["indices"], _WHY)
     t.freeze(index[dim], _WHY)
     return (*broadcast(t, x[:dim], index[:dim]), index[dim], *broadcast(t, x[dim + 1 :], index[dim + 1 :]))
 
@@ -98,6 +102,72 @@ def _rigid(t: Typer, call: Call) -> Value:
             for axis in t[node]:
                 t.freeze(axis, _WHY)
     return t[call.node.args[0]]
+
+
+def _scatter_by_data(t: Typer, call: Call) -> Value:
+    """Write entries at positions of ``dim``; along the other dimensions index and target must agree where whole."""
+    if not isinstance(t.positions.get(call["index"]), Axis):
+        return _rigid(t, call)
+    x, index = t[call["self"]], t[call["index"]]
+    dim = call["dim"] % len(x)
+    t.address(x[dim], call["index"], _WHY)
+    t.freeze(index[dim], _WHY)
+    given = t[call["src"]] if call.has("src") else index
+    for d, (a, b, c) in enumerate(zip(x, index, given, strict=True)):
+        if d != dim and a.size == b.size == c.size:
+            t.unify(a, b)
+            t.unify(a, c)
+        elif d != dim:
+            for axis in (a, b, c):
+                t.freeze(axis, _WHY)
+        else:
+            t.freeze(c, _WHY)
+    return x
+
+
+def _zeros_of_scatter_by_data(z: Zeros, call: Call) -> Atoms:
+    """Find nothing written where an index was removed: it is not among the positions."""
+    axes = z.axes(call.node)
+    along = frozenset(leaves(axes[call["dim"] % len(axes)]))
+    return z[call["self"]] & along
+
+
+def _one_hot(t: Typer, call: Call) -> Value:
+    held = t.positions.get(call["self"])
+    classes = call["num_classes"]
+    if isinstance(held, Axis) and isinstance(classes, int):
+        made = one_hot(t, t[call["self"]], held, classes)
+        if made is not None:
+            t.facts[call.node] = held
+            return made
+    t.address(t.fixed(1, _COUNTED), call["self"], _COUNTED)
+    return _opaque(_COUNTED).type(t, call)
+
+
+def _resize_one_hot(r: Resizer, call: Call) -> None:
+    if r.fact is not None and r.changed(r.fact):
+        call["num_classes"] = r.size(r.fact)
+
+
+def _histogram(t: Typer, call: Call) -> Value:
+    """Count how often each position of an axis occurs: bins of extent one from the first to the last."""
+    held = t.positions.get(call["self"])
+    if isinstance(held, Axis) and (call["bins"], call["min"], call["max"]) == (held.size, 0, held.size - 1):
+        t.facts[call.node] = held
+        return (held,)
+    t.address(t.fixed(1, _COUNTED), call["self"], _COUNTED)
+    return _opaque(_COUNTED).type(t, call)
+
+
+def _resize_histogram(r: Resizer, call: Call) -> None:
+    if r.fact is not None and r.changed(r.fact):
+        call["bins"] = r.size(r.fact)
+        call["max"] = r.size(r.fact) - 1
+
+
+def _zeros_of_counts(z: Zeros, call: Call) -> Atoms:
+    """Find nothing counted for what was removed: it is not among the positions."""
+    return frozenset(leaves(z.axes(call.node)[-1])) & z.atoms(call.node)
 
 
 def _scatter(t: Typer, call: Call) -> Value:
@@ -138,17 +208,30 @@ def _opaque(why: str) -> Operator:
 
 
 OPERATORS: dict[Any, Operator] = {
-    aten.embedding.default: Operator(_embedding, _zeros_of_embedding),
-    aten.index.Tensor: Operator(_index, zeros_of_first),
-    aten.index_select.default: Operator(_index_select, zeros_of_first),
-    aten.gather.default: Operator(_gather, zeros_of_first),
-    aten.take_along_dim.default: Operator(_take_along, lambda z, call: z.some(call.node, call["self"])),
+    aten.embedding.default: Operator(_embedding, _zeros_of_embedding, positions=no_positions),
+    aten.index.Tensor: Operator(_index, zeros_of_first, positions=same_positions),
+    aten.index_select.default: Operator(_index_select, zeros_of_first, positions=same_positions),
+    aten.gather.default: Operator(_gather, zeros_of_first, positions=same_positions),
+    aten.take_along_dim.default: Operator(
+        _take_along, lambda z, call: z.some(call.node, call["self"]), positions=same_positions
+    ),
     **table(
-        Operator(_rigid),
-        *("index_put.default", "index_put_.default", "scatter.src", "scatter.value", "scatter_.src", "scatter_.value"),
+        Operator(_scatter_by_data, _zeros_of_scatter_by_data, positions=no_positions),
         *(
+            "scatter.src",
+            "scatter.value",
+            "scatter_.src",
+            "scatter_.value",
             "scatter_add.default",
             "scatter_add_.default",
+        ),
+    ),
+    aten.one_hot.default: Operator(_one_hot, _zeros_of_counts, _resize_one_hot, no_positions),
+    aten.histc.default: Operator(_histogram, _zeros_of_counts, _resize_histogram, no_positions),
+    **table(
+        Operator(_rigid),
+        *("index_put.default", "index_put_.default"),
+        *(
             "index_add.default",
             "index_add_.default",
             "masked_scatter.default",
@@ -157,8 +240,8 @@ OPERATORS: dict[Any, Operator] = {
     ),
     **table(Operator(_scatter, _zeros_of_scatter), "slice_scatter.default", "select_scatter.default"),
     **table(
-        _opaque("counted or searched by data"),
-        *("histc.default", "bincount.default", "nonzero.default", "unique_consecutive.default", "_unique2.default"),
-        *("searchsorted.Tensor", "bucketize.Tensor", "one_hot.default", "masked_select.default", "cdist.default"),
+        _opaque(_COUNTED),
+        *("bincount.default", "nonzero.default", "unique_consecutive.default", "_unique2.default"),
+        *("searchsorted.Tensor", "bucketize.Tensor", "masked_select.default", "cdist.default"),
     ),
 }

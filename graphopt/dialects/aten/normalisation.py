@@ -6,14 +6,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphopt.axes.algebra import Axis, leaves, product
 from graphopt.axes.infer import Atoms, Axes, Faces, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast, drop
-from graphopt.dialects.aten.common import dims_of, optional, table
-from graphopt.graph import Call
+from graphopt.dialects.aten.common import CHOOSING, dims_of, optional, table
+from graphopt.graph import Call, TensorSpec, spec_of
 
 aten = torch.ops.aten
+
+REACH = 8
+"""How many operators of one shape may stand between a softmax and what takes its largest entries."""
 
 
 def _batch_norm(t: Typer, call: Call) -> Value:
@@ -167,8 +171,30 @@ def _resize_native_group_norm(r: Resizer, call: Call) -> None:
 def _softmax(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     for d in dims_of(call["dim"], len(x)):
-        t.freeze(x[d], "softmax over it")
+        if _is_routed(call.node, d):
+            t.normalise(x[d])
+        else:
+            t.freeze(x[d], "softmax over it")
     return x
+
+
+def _is_routed(node: fx.Node, dim: int) -> bool:
+    """Say whether the largest entries along ``dim`` are taken later, as a router takes experts."""
+    shape = _shape(node)
+    reached, pending = {node}, [node]
+    while pending:
+        for user in pending.pop().users:
+            if user.target in CHOOSING and Call(user)["dim"] in (dim, dim - len(shape or ())):
+                return True
+            if user not in reached and len(reached) < REACH and _shape(user) == shape:
+                reached.add(user)
+                pending.append(user)
+    return False
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    spec = spec_of(node)
+    return spec.shape if isinstance(spec, TensorSpec) and node.op == "call_function" else None
 
 
 OPERATORS: dict[Any, Operator] = {

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
 
-from graphopt.axes.infer import Axes, Operator, Typer, Value
+from graphopt.axes.infer import Axes, Operator, Positions, Typer, Value
 from graphopt.axes.rules import drop
-from graphopt.dialects.aten.common import dims_of, specs_of, table, zeros_of_first
+from graphopt.dialects.aten.common import dims_of, no_positions, same_positions, specs_of, table, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -68,12 +69,65 @@ def _ordered(t: Typer, call: Call) -> Value:
 
 
 def _top(t: Typer, call: Call) -> Value:
+    """Type the k largest entries along ``dim`` and their positions; k of them must stay."""
     x = t[call["self"]]
     dim = call["dim"] % len(x)
-    t.freeze(x[dim], "its largest entries are taken")
     k = specs_of(call)[0].shape[dim]
+    if _are_used(call, 1) and isinstance(call["k"], int):
+        t.choose(x[dim], k)
+    else:
+        t.freeze(x[dim], "its largest entries are taken")
     out = (*x[:dim], t.fixed(k, "its largest entries are taken"), *x[dim + 1 :])
     return [out, out]
+
+
+def _positions_of_top(t: Typer, call: Call) -> Positions:
+    x = t[call["self"]]
+    return [None, x[call["dim"] % len(x)]]
+
+
+def _are_used(call: Call, result: int) -> bool:
+    """Say whether one of several results is read."""
+    return any(user.target is getitem and user.args[1] == result and user.users for user in call.node.users)
+
+
+def _largest(t: Typer, call: Call) -> Value:
+    """Type the largest entry along ``dim`` with its position, or the position alone."""
+    x, (dim, *_), out = _reduced(t, call)
+    several = isinstance(spec_of(call.node), tuple)
+    if call["dim"] is not None and (not several or _are_used(call, 1)):
+        t.choose(x[dim], 1)
+        return [out, out] if several else out
+    return _extremum(t, call)
+
+
+def _position_of_largest(t: Typer, call: Call) -> Positions:
+    if call["dim"] is None:
+        return None
+    x = t[call.node.args[0]]
+    axis = x[call["dim"] % len(x)]
+    return [None, axis] if isinstance(spec_of(call.node), tuple) else axis
+
+
+def _sort(t: Typer, call: Call) -> Value:
+    """Type sorted entries and where they were; positions of a pruned axis keep their order among themselves."""
+    out = _ordered(t, call)
+    assert isinstance(out, list)
+    return out
+
+
+def _positions_of_sort(t: Typer, call: Call) -> Positions:
+    return [same_positions(t, call), None]
+
+
+def _cumulate(t: Typer, call: Call) -> Value:
+    """Type running sums: over experts that no row chose, nothing is added, so those that stay read the same."""
+    x = t[call["self"]]
+    dim = call["dim"] % len(x)
+    if not t.is_chosen(x[dim]):
+        return _ordered(t, call)
+    t.contract(x[dim], call["self"])
+    return x
 
 
 def _difference(t: Typer, call: Call) -> Value:
@@ -107,15 +161,18 @@ OPERATORS: dict[Any, Operator] = {
     **table(Operator(_mean_and_variance, zeros_of_first), "var_mean.correction", "var_mean.dim", "std_mean.correction"),
     **table(
         _EXTREMUM,
-        *("amax.default", "amin.default", "max.dim", "min.dim", "max.default", "min.default", "argmax.default"),
+        *("amax.default", "amin.default", "min.dim", "max.default", "min.default"),
         *("argmin.default", "prod.dim_int", "prod.default", "any.dim", "any.default", "all.dim", "all.default"),
         *("logsumexp.default", "median.dim", "mode.default", "aminmax.default"),
     ),
     **table(
         Operator(_ordered),
-        *("cumsum.default", "cumprod.default", "sort.default", "sort.stable", "argsort.default", "argsort.stable"),
-        *("cummax.default", "logcumsumexp.default"),
+        *("cumprod.default", "cummax.default", "logcumsumexp.default"),
     ),
-    aten.topk.default: Operator(_top),
+    **table(Operator(_ordered, positions=no_positions), "argsort.default", "argsort.stable"),
+    **table(Operator(_sort, positions=_positions_of_sort), "sort.default", "sort.stable"),
+    aten.cumsum.default: Operator(_cumulate),
+    aten.topk.default: Operator(_top, positions=_positions_of_top),
+    **table(Operator(_largest, positions=_position_of_largest), "max.dim", "argmax.default"),
     aten.diff.default: Operator(_difference),
 }

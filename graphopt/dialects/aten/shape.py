@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -12,9 +13,19 @@ import torch
 from torch import fx
 
 from graphopt.axes.algebra import ONE, Axis, concat, is_frozen, product
-from graphopt.axes.infer import NO_ATOMS, Atoms, Axes, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.infer import NO_ATOMS, Atoms, Axes, Operator, Positions, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import Window, drop, is_boundary, join, pad, permute, reshape, sections, spread, tile, window
-from graphopt.dialects.aten.common import dims_of, frozen_dims, hints, table, zeros_of_first
+from graphopt.dialects.aten.common import (
+    PASS,
+    dims_of,
+    frozen_dims,
+    hints,
+    no_positions,
+    same_positions,
+    specs_of,
+    table,
+    zeros_of_first,
+)
 from graphopt.graph import Call, hint, tensor_spec
 
 aten = torch.ops.aten
@@ -483,7 +494,7 @@ _MOVE = Operator(_permute, zeros_of_first)
 _SWAP = Operator(_swap, zeros_of_first)
 _SPLIT = Operator(_split, zeros_of_first, _resize_split)
 
-OPERATORS: dict[Any, Operator] = {
+_ENTRIES: dict[Any, Operator] = {
     **table(_VIEW, "view.default", "_unsafe_view.default"),
     aten.reshape.default: Operator(_view, zeros_of_first, _resize_view("shape")),
     **table(Operator(_view, zeros_of_first), "flatten.using_ints", "ravel.default"),
@@ -530,4 +541,46 @@ OPERATORS: dict[Any, Operator] = {
     aten.col2im.default: Operator(_col2im, zeros_of_first),
     operator.getitem: Operator(_getitem, zeros_of_first),
     **table(Operator(_symbolic), "sym_size.int", "sym_numel.default", "sym_stride.int"),
+}
+
+_MOVING = table(
+    PASS,
+    *(
+        "view.default",
+        "_unsafe_view.default",
+        "reshape.default",
+        "flatten.using_ints",
+        "ravel.default",
+        "unflatten.int",
+    ),
+    *("reshape_as.default", "view_as.default", "permute.default", "transpose.int", "t.default", "mT.default"),
+    *("movedim.intlist", "movedim.int", "unsqueeze.default", "squeeze.default", "squeeze.dim", "squeeze.dims"),
+    *("expand.default", "expand_as.default", "broadcast_to.default", "repeat.default", "select.int", "slice.Tensor"),
+    *("narrow.default", "repeat_interleave.self_int"),
+)
+"""Operators whose result holds entries of their first argument."""
+
+
+def _some_of_several(t: Typer, call: Call) -> Positions:
+    held = same_positions(t, call)
+    return None if held is None else [held for _ in specs_of(call)]
+
+
+def _picked(t: Typer, call: Call) -> Positions:
+    source, index = call.node.args
+    held = t.positions.get(source) if isinstance(source, fx.Node) else None
+    return held[index] if isinstance(held, list) and isinstance(index, int) else None
+
+
+_POSITIONS = {
+    **dict.fromkeys(_MOVING, same_positions),
+    **dict.fromkeys(
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int), _some_of_several
+    ),
+    **dict.fromkeys((aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int), no_positions),
+    operator.getitem: _picked,
+}
+
+OPERATORS: dict[Any, Operator] = {
+    target: replace(entry, positions=_POSITIONS.get(target)) for target, entry in _ENTRIES.items()
 }
