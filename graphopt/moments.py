@@ -71,34 +71,44 @@ class Moments:
 class CoMoments:
     """Accumulate means and the centred matrix of products of paired rows: a Gram matrix where both are the same.
 
-    With rows ``x_i`` of size n and ``y_i`` of size m, the matrix is ``Σ_i (x_i − mean x)(y_i − mean y)ᵀ``.
+    With rows ``x_i`` of size n and ``y_i`` of size m, the matrix is ``Σ_i (x_i − mean x)(y_i − mean y)ᵀ``. There may be
+    several such pairs side by side, the groups of a convolution: then everything has a dimension in front, of size g.
 
     Attributes:
         count: How many pairs of rows there were.
-        means: Their means, ``(n,)`` and ``(m,)``, float64.
-        scatter: The centred matrix of products, ``(n, m)``, float64.
+        means: Their means, ``(g, n)`` and ``(g, m)``, float64.
+        scatter: The centred matrices of products, ``(g, n, m)``, float64.
     """
 
-    def __init__(self, size: int, other: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, size: int, other: int, groups: int = 1, device: torch.device | str = "cpu") -> None:
         self.count = 0
         self.means = (
-            torch.zeros(size, dtype=torch.float64, device=device),
-            torch.zeros(other, dtype=torch.float64, device=device),
+            torch.zeros(groups, size, dtype=torch.float64, device=device),
+            torch.zeros(groups, other, dtype=torch.float64, device=device),
         )
-        self.scatter = torch.zeros(size, other, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(groups, size, other, dtype=torch.float64, device=device)
 
     def add(self, left: Tensor, right: Tensor | None = None) -> None:
-        """Take in rows ``(count, n)`` and those they are paired with, ``(count, m)``; by default themselves."""
-        for start in range(0, len(left), step := max(1, _CHUNK // max(1, left.shape[1]))):
-            x = left[start : start + step].detach().double()
-            y = x if right is None else right[start : start + step].detach().double()
-            means = (x.mean(0), y.mean(0))
-            centred = x - means[0]
-            self._take(len(x), means, centred.mT @ (centred if y is x else y - means[1]))
+        """Take in rows ``(g, count, n)`` and those they are paired with, ``(g, count, m)``; by default themselves."""
+        step = max(1, _CHUNK // max(1, left.shape[0] * left.shape[2]))
+        for start in range(0, left.shape[1], step):
+            x = left[:, start : start + step].detach().double()
+            y = x if right is None else right[:, start : start + step].detach().double()
+            means = (x.mean(1), y.mean(1))
+            centred = x - means[0].unsqueeze(1)
+            other = centred if right is None else y - means[1].unsqueeze(1)
+            self._take(x.shape[1], means, centred.mT @ other)
 
     def merge(self, other: CoMoments) -> None:
         """Take in all that another one has seen."""
         self._take(other.count, other.means, other.scatter)
+
+    @property
+    def products(self) -> Tensor:
+        """The matrices of products of the rows as they are, not centred: ``Σ_i x_i y_iᵀ``."""
+        return torch.baddbmm(
+            self.scatter, self.means[0].unsqueeze(2), self.means[1].unsqueeze(1), alpha=float(self.count)
+        )
 
     def _take(self, added: int, means: tuple[Tensor, Tensor], scatter: Tensor) -> None:
         count = self.count + added
@@ -106,7 +116,7 @@ class CoMoments:
             gaps = (means[0] - self.means[0], means[1] - self.means[1])
             # In place, for the matrix is the one thing here that can be large; it is nobody else's.
             self.scatter += scatter
-            self.scatter.addr_(*gaps, alpha=self.count * added / count)
+            self.scatter.baddbmm_(gaps[0].unsqueeze(2), gaps[1].unsqueeze(1), alpha=self.count * added / count)
             self.means = (self.means[0] + gaps[0] * (added / count), self.means[1] + gaps[1] * (added / count))
         self.count = count
 

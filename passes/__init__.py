@@ -8,6 +8,14 @@ if __name__ != "graphopt.passes":
 
 from graphopt.passes.canonicalize import FoldConstants, RemoveIdentities, SplitParallel
 from graphopt.passes.prune import PruneChannels
-from graphopt.passes.recover import FineTune
+from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
 
-__all__ = ["FineTune", "FoldConstants", "PruneChannels", "RemoveIdentities", "SplitParallel"]
+__all__ = [
+    "CompensateMean",
+    "FineTune",
+    "FoldConstants",
+    "PruneChannels",
+    "RemoveIdentities",
+    "RidgeRefit",
+    "SplitParallel",
+]

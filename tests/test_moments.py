@@ -35,15 +35,16 @@ def test_moments_are_those_of_all_values(counts: list[int], offset: float, seed:
 @settings(max_examples=50)
 @given(lengths, st.sampled_from([0.0, 1e4]), st.integers(0, 99))
 def test_products_are_those_of_all_rows(counts: list[int], offset: float, seed: int) -> None:
-    x, y = (drawn(seed, sum(counts), 3) + offset).float(), drawn(seed + 1, sum(counts), 2) - 2 * offset
-    gram, cross = CoMoments(3, 3), CoMoments(3, 2)
-    for a, b in zip(x.split(counts), y.split(counts), strict=True):
+    x, y = (drawn(seed, 2, sum(counts), 3) + offset).float(), drawn(seed + 1, 2, sum(counts), 2) - 2 * offset
+    gram, cross = CoMoments(3, 3, groups=2), CoMoments(3, 2, groups=2)
+    for a, b in zip(x.split(counts, 1), y.split(counts, 1), strict=True):
         gram.add(a)
         cross.add(a, b)
-    left, right = x.double() - x.double().mean(0), y - y.mean(0)
-    torch.testing.assert_close(gram.scatter, left.T @ left, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(cross.scatter, left.T @ right, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(cross.means, (x.double().mean(0), y.mean(0)), rtol=1e-12, atol=1e-9)
+    left, right = x.double() - x.double().mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    torch.testing.assert_close(gram.scatter, left.mT @ left, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cross.scatter, left.mT @ right, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cross.means, (x.double().mean(1), y.mean(1)), rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(cross.products, x.double().mT @ y, rtol=1e-12, atol=1e-9)
     assert gram.count == cross.count == sum(counts)
 
 
@@ -73,9 +74,9 @@ def test_merging_is_seeing_both(first: list[int], second: list[int], seed: int) 
     parts = x.split([*first, *second])
     for i, part in enumerate(parts):
         (left if i < len(first) else right).add(part)
-        grams[0 if i < len(first) else 1].add(part)
+        grams[0 if i < len(first) else 1].add(part[None])
         both.add(part)
-        grams[2].add(part)
+        grams[2].add(part[None])
     left.merge(right)
     grams[0].merge(grams[1])
     torch.testing.assert_close(left.scatter, both.scatter)
@@ -98,11 +99,11 @@ def test_all_dimensions_but_one_are_summed_over(dim: int) -> None:
 def test_long_values_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = drawn(0, 50, 3) + 100
     whole, cut = (Moments(3), CoMoments(3, 3)), (Moments(3), CoMoments(3, 3))
-    for single in whole:
-        single.add(x)
+    whole[0].add(x)
+    whole[1].add(x[None])
     monkeypatch.setattr(moments, "_CHUNK", 7)
-    for single in cut:
-        single.add(x)
+    cut[0].add(x)
+    cut[1].add(x[None])
     torch.testing.assert_close(whole[0].scatter, cut[0].scatter)
     torch.testing.assert_close(whole[1].scatter, cut[1].scatter)
     assert cut[0].count == cut[1].count == 50

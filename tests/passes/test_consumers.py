@@ -1,0 +1,175 @@
+"""Check that every layer is the product of rows and a matrix that the compensating passes take it for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from graphopt.capture import capture
+from graphopt.graph import Graph
+from graphopt.passes.recover.consumers import Consumer, find_consumers
+from graphopt.sweep import Sweep
+
+KINDS: dict[int, tuple[Any, Any]] = {
+    1: (nn.Conv1d, nn.ConvTranspose1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d),
+}
+
+
+def only(graph: Graph) -> Consumer:
+    found, refused = find_consumers(graph)
+    assert not refused
+    (consumer,) = found.values()
+    return consumer
+
+
+def check(module: nn.Module, x: Tensor) -> Consumer:
+    """Compare a layer with ``A Mᵀ + b``, and its weight with what comes back of its matrix."""
+    graph = capture(module.double().eval(), x.double())
+    consumer = only(graph)
+    weight = graph.tensor(consumer.weight).detach()
+    matrix = consumer.matrix(weight)
+    assert torch.equal(consumer.stored(matrix, weight), weight)
+    sweep = Sweep(graph, [((x.double(),), {}), ((x.double() + 1,), {})])
+    seen = 0
+    for node in sweep:
+        if node.name == consumer.node.name:
+            for value, y in zip(sweep.values(consumer.input), consumer.results(sweep), strict=True):
+                patches = consumer.patches(value)
+                expected = consumer.samples(y)
+                picked = torch.arange(0, len(expected), 2)
+                rows = consumer.take(patches, picked)
+                found = rows @ matrix.mT
+                if consumer.bias is not None:
+                    found = found + graph.tensor(consumer.bias).detach().unflatten(0, (consumer.groups, 1, -1))
+                torch.testing.assert_close(found, consumer.grouped(expected[picked]), rtol=1e-10, atol=1e-10)
+                torch.testing.assert_close(consumer.applied(value, graph), y, rtol=1e-12, atol=1e-12)
+                seen += 1
+    assert seen == 2
+    return consumer
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_convolutions(data: st.DataObject) -> None:
+    draw = data.draw
+    extents = draw(st.sampled_from([1, 2, 3]))
+
+    def each(values: list[int]) -> tuple[int, ...]:
+        return tuple(draw(st.sampled_from(values)) for _ in range(extents))
+
+    groups = draw(st.sampled_from([1, 2, 3]))
+    inputs, outputs = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
+    kernel, stride, dilation = each([1, 2, 3]), each([1, 2]), each([1, 2])
+    x = torch.randn(2, inputs, *each([5, 6, 7]))
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    plain, transposed = KINDS[extents]
+    if draw(st.booleans()):
+        more = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        consumer = check(transposed(inputs, outputs, kernel, padding=each([0, 1]), output_padding=more, **options), x)
+        assert consumer.is_transposed
+        assert (consumer.unevenness is None) == (kernel == (1,) * extents)
+    else:
+        padding = "same" if stride == (1,) * extents and draw(st.booleans()) else each([0, 1, 2])
+        consumer = check(plain(inputs, outputs, kernel, padding=padding, **options), x)
+        assert (consumer.unevenness is not None) == any(
+            kernel[d] > 1 if padding == "same" else padding[d] for d in range(extents)
+        )
+    assert consumer.groups == groups
+
+
+def test_a_convolution_without_a_batch() -> None:
+    check(nn.Conv2d(3, 4, 3, padding=1), torch.randn(3, 5, 6))
+
+
+class Product(nn.Module):
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], turned: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 4) if turned else torch.randn(4, 5))
+        self.bias = nn.Parameter(torch.randn(5))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("function", "turned", "bias"),
+    [
+        (lambda x, w, b: x @ w, False, None),
+        (lambda x, w, b: x @ w + b, False, "bias"),
+        (lambda x, w, b: b + x @ w, False, "bias"),
+        (lambda x, w, b: x @ w.t() + b, True, "bias"),
+        (lambda x, w, b: x @ w.transpose(-1, 0), True, None),
+        (lambda x, w, b: x @ w.permute(1, 0).permute(0, 1), True, None),
+        (lambda x, w, b: torch.mm(x, w), False, None),
+        (lambda x, w, b: torch.addmm(b, x, w), False, "bias"),
+        (lambda x, w, b: torch.addmm(b, x, w.T), True, "bias"),
+        (lambda x, w, b: nn.functional.linear(x, w.t(), b), False, "bias"),
+        (lambda x, w, b: nn.functional.linear(x, w), True, None),
+    ],
+)
+def test_products(function: Any, turned: bool, bias: str | None) -> None:
+    assert check(Product(function, turned), torch.randn(3, 4)).bias == bias
+
+
+def test_rows_of_a_linear_layer_with_further_dimensions() -> None:
+    check(nn.Linear(4, 3), torch.randn(2, 3, 5, 4))
+    check(nn.Linear(4, 3, bias=False), torch.randn(4))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, w, b: x @ w.exp(), "the weight of matmul is computed by exp, and is no parameter"),
+        (
+            lambda x, w, b: w.t() @ x.t(),
+            "matmul (aten.matmul.default) multiplies with it from the left, along other places",
+        ),
+        (
+            lambda x, w, b: torch.addmm(b, x, w, alpha=2),
+            "addmm (aten.addmm.default) scales its terms (alpha 2, beta 1)",
+        ),
+        (lambda x, w, b: nn.functional.linear(x, w.t(), b.exp()), "the bias of linear is computed by exp"),
+        (lambda x, w, b: torch.einsum("ij,jk->ik", x, w), "einsum (aten.einsum.default) is an operator that"),
+        (lambda x, w, b: x @ w[:, :3], "the weight of matmul is computed by slice_1"),
+    ],
+)
+def test_refusals(function: Any, reason: str) -> None:
+    found, (refused,) = find_consumers(capture(Product(function), torch.randn(3, 4)))
+    assert not found
+    assert refused.tensor == "weight"
+    assert refused.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 3, bias=False),
+        lambda: Product(lambda x, w, b: x @ w),
+        lambda: Product(lambda x, w, b: torch.relu(x @ w)),
+    ],
+)
+def test_a_bias_is_given_and_taken(make: Callable[[], nn.Module]) -> None:
+    graph = capture(make(), torch.randn(2, 4))
+    text, names = graph.text(), set(graph.module.state_dict())
+    output = graph.run(torch.ones(2, 4))
+    with_bias = only(graph).with_bias(graph)
+    graph.module.recompile()
+    assert with_bias.bias is not None
+    assert set(graph.module.state_dict()) - names == {with_bias.bias}
+    assert with_bias.bias.startswith("bias")
+    assert torch.equal(graph.run(torch.ones(2, 4)), output)
+    assert only(graph).bias == with_bias.bias
+    graph.set_tensor(with_bias.bias, nn.Parameter(torch.ones(graph.tensor(with_bias.bias).shape)))
+    assert not torch.equal(graph.run(torch.ones(2, 4)), output)
+    with_bias.without_bias(graph)
+    graph.module.recompile()
+    assert (graph.text(), set(graph.module.state_dict())) == (text, names)
