@@ -7,6 +7,7 @@ if __name__ != "graphopt.passes":
     )
 
 from graphopt.passes.canonicalize import FoldConstants, RemoveIdentities, SplitParallel
+from graphopt.passes.merge import MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
 
@@ -14,6 +15,9 @@ __all__ = [
     "CompensateMean",
     "FineTune",
     "FoldConstants",
+    "MergeBranches",
+    "MergeConsecutive",
+    "MergeParallel",
     "PruneChannels",
     "RemoveIdentities",
     "RidgeRefit",

@@ -30,6 +30,7 @@ __all__ = [
     "overwritten",
     "read_affine",
     "saving",
+    "sibling",
     "sources_of",
     "unavailable",
 ]
@@ -162,11 +163,14 @@ def unavailable(graph: Graph, nodes: Iterable[fx.Node | None]) -> str | None:
     return None
 
 
-def overwritten(value: fx.Node, until: fx.Node) -> fx.Node | None:
-    """Return a call between ``value`` and ``until`` that writes into its memory; None if there is none."""
+def overwritten(value: fx.Node, until: fx.Node, since: fx.Node | None = None) -> fx.Node | None:
+    """Return a call before ``until`` that writes into the memory of ``value``; None if there is none.
+
+    Only calls after ``since`` count; without it, those after ``value`` itself.
+    """
     for each in family(value):
         for user in each.users:
-            if value < user < until and each in written(user):
+            if (since or value) < user < until and each in written(user):
                 return user
     return None
 
@@ -223,6 +227,11 @@ def joint_name(names: Sequence[str]) -> str:
         words = [words[0], "and", str(len(words) - 1), "more"]
     last = paths[0][-1:] if all(len(path) > shared + 1 for path in paths) else []
     return ".".join([*paths[0][:shared], "_".join(words), *last])
+
+
+def sibling(name: str, last: str) -> str:
+    """Name the tensor ``last`` of the module that holds another."""
+    return ".".join([*name.split(".")[:-1], last])
 
 
 def merged_sources(parts: Sequence[tuple[int, Sequence[Source]]]) -> tuple[Source, ...]:

@@ -1,0 +1,7 @@
+"""Hold the passes that make one operator of several, and compute the same with less."""
+
+from graphopt.passes.merge.merge_branches import MergeBranches
+from graphopt.passes.merge.merge_consecutive import MergeConsecutive
+from graphopt.passes.merge.merge_parallel import MergeParallel
+
+__all__ = ["MergeBranches", "MergeConsecutive", "MergeParallel"]

@@ -1,0 +1,207 @@
+"""Merge linear maps that read the same input into one packed map, whose result is cut into theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import fx
+
+from graphopt.aliases import source
+from graphopt.editing import add_tensor, find_tensor, insert, read, remove_dead, replace
+from graphopt.graph import Call, Graph, Source, Sources, tensor_spec
+from graphopt.passes.affine import (
+    Affine,
+    joint_name,
+    made_of,
+    merged_sources,
+    overwritten,
+    read_affine,
+    sibling,
+    unavailable,
+)
+from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
+from graphopt.report.wording import listing
+
+aten = torch.ops.aten
+
+PRODUCTS: Final = frozenset(
+    {
+        aten.matmul.default,
+        aten.mm.default,
+        aten.bmm.default,
+        aten.addmm.default,
+        aten.einsum.default,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+"""Operators besides linear layers and convolutions that take most of a model's time."""
+
+
+@register
+@dataclass(frozen=True)
+class MergeParallel(Pass):
+    """Merge linear layers that read the same input, such as q, k and v, into one that yields all their features.
+
+    With the rows of all weights one below the other, ``[y1 | y2 | …] = [W1; W2; …] x + [b1 | b2 | …]``, and each result
+    is a slice of that. Multiply-adds and parameters stay what they are: the input is read once in place of k times,
+    and one large product is started in place of k small ones. Slices of the last dimension are views, which cost
+    nothing. Exact: every number is the same sum, up to the order in which the larger product forms it. The way back
+    from ``split-parallel``: the parts of ``qkv.weight`` become ``qkv.weight`` again, of whatever widths pruning left.
+
+    What is merged stays trainable. An operator without a bias gets one of zeros where another has one, and that can be
+    trained as well. Operators with many others between them are not merged, for the results of the later ones would
+    be held in memory all the while.
+
+    Args:
+        minimum: the fewest operators that are merged.
+        reach: the most products, convolutions and attentions that may run between one of them and the next.
+        convolutions: merge convolutions of one geometry, too. Slices of their channels are not dense, so that most
+            operators copy them first, and on CPUs that takes longer than reading the input again.
+    """
+
+    name: ClassVar[str] = "merge-parallel"
+    preserves: ClassVar[Preserves] = Preserves.EXACT
+
+    minimum: int = 2
+    reach: int = 8
+    convolutions: bool = False
+
+    def run(self, graph: Graph, context: Context) -> PassResult:
+        for readers in _readers(graph):
+            members = [each for each in readers if self._mergeable(graph, context, each)]
+            for near in _near(graph, members, self.reach):
+                site = ", ".join(each.node.name for each in near)
+                if len(near) < self.minimum:
+                    context.skipped(site, f"fewer than {self.minimum} near each other read {near[0].input.name}")
+                elif context.allows(site):
+                    sizes = [each.shape[0] for each in near]
+                    _merge(graph, near)
+                    what = listing([str(size) for size in sizes], 8)
+                    context.applied(site, f"merged the maps of {near[0].input.name} to {what} features", parts=sizes)
+        remove_dead(graph)
+        return PassResult(graph)
+
+    def _mergeable(self, graph: Graph, context: Context, each: Affine) -> bool:
+        """Say whether a map may be merged with others; a refusal is written down."""
+        reason = unavailable(graph, (each.weight, each.bias))
+        if reason is None and not (each.is_linear or self.convolutions):
+            reason = "slices of a convolution's channels are copied (convolutions=false)"
+        if reason is None and each.groups > 1:
+            reason = f"its {each.groups} groups tie rows to parts of the input"
+        if reason is not None:
+            context.skipped(each.node.name, reason)
+        return reason is None
+
+
+def _readers(graph: Graph) -> list[list[Affine]]:
+    """Return the maps of one input and one geometry, where there are several, in order."""
+    found: dict[Any, list[Affine]] = {}
+    for each in map(read_affine, graph.nodes):
+        if each is not None:
+            trained = each.weight.op != "get_attr" or graph.tensor(str(each.weight.target)).requires_grad
+            key = (each.input, each.node.target, each.shape[1:], each.stride, each.padding, each.dilation, trained)
+            found.setdefault((*key, tensor_spec(each.weight).dtype), []).append(each)
+    return [readers for readers in found.values() if len(readers) > 1]
+
+
+def _near(graph: Graph, members: Sequence[Affine], reach: int) -> Iterator[list[Affine]]:
+    """Cut a row of maps where more than ``reach`` products run in between, or where the input is written into."""
+    if not members:
+        return
+    products = accumulate(node.target in PRODUCTS or read_affine(node) is not None for node in graph.nodes)
+    place = dict(zip(graph.nodes, products, strict=True))
+    near = [members[0]]
+    for each in members[1:]:
+        far = place[each.node] - place[near[-1].node] - 1 > reach
+        if far or overwritten(each.input, each.node, near[0].node) is not None:
+            yield near
+            near = []
+        near.append(each)
+    yield near
+
+
+def _merge(graph: Graph, members: Sequence[Affine]) -> None:
+    first = members[0]
+    ordered, name = _packed_name(graph, members)
+    weight = _joined(graph, name, [each.weight for each in ordered], ordered)
+    operands: list[fx.Node | None] = [read(graph, weight, first.node), None]
+    if any(each.bias is not None for each in ordered):
+        biases = [each.bias for each in ordered]
+        stem = _origin(graph, [str(bias.target) for bias in biases if bias is not None]) or sibling(weight, "bias")
+        bias = _joined(graph, stem, biases, ordered)
+        operands[1] = read(graph, bias, first.node)
+    dim = len(first.out.shape) + first.channel
+    spec = first.out.resized(
+        tuple(sum(e.shape[0] for e in ordered) if d == dim else n for d, n in enumerate(first.out.shape))
+    )
+    arguments = (first.input, *operands, *first.geometry.arguments())
+    packed = insert(graph, first.node, first.node.target, arguments, like=first.node, spec=spec)
+    start = 0
+    for each in ordered:
+        stop = start + each.shape[0]
+        part = insert(graph, each.node, aten.slice.Tensor, (packed, dim, start, stop), like=each.node)
+        replace(each.node, part)
+        _loosen(part)
+        start = stop
+
+
+def _packed_name(graph: Graph, members: Sequence[Affine]) -> tuple[list[Affine], str]:
+    """Return the maps in the order in which they are packed, and the name of the packed weight.
+
+    Parts of one tensor of the input model that follow each other there are that tensor again.
+    """
+    names = [str(each.weight.target) for each in members]
+    rows = [graph.stands_for(name, 0) for name in names]
+    if _origin(graph, names) is None:
+        return list(members), joint_name(names)
+    ordered = sorted(zip(members, rows, strict=True), key=lambda pair: int(pair[1][0].positions[0]))
+    ends = [int(place) for _, (each,) in ordered for place in (each.positions[0], each.positions[-1])]
+    if ends != sorted(ends):
+        return list(members), joint_name(names)
+    return [each for each, _ in ordered], rows[0][0].tensor
+
+
+def _origin(graph: Graph, names: Sequence[str]) -> str | None:
+    """Return the tensor of the input model whose rows these tensors are, if it is one and no longer there."""
+    rows = [graph.stands_for(name, 0) for name in names]
+    tensors = {source.tensor for sources in rows for source in sources}
+    if any(len(sources) != 1 for sources in rows) or len(tensors) != 1:
+        return None
+    (name,) = tensors
+    return name if find_tensor(graph, name) is None else None
+
+
+def _joined(graph: Graph, stem: str, nodes: Sequence[fx.Node | None], members: Sequence[Affine]) -> str:
+    """Make a tensor of several, one below the other, with zeros for those that are missing."""
+    names = [None if node is None else str(node.target) for node in nodes]
+    given = [graph.tensor(name) for name in names if name is not None]
+    rows = [
+        given[0].new_zeros(each.shape[0]) if name is None else graph.tensor(name).detach()
+        for each, name in zip(members, names, strict=True)
+    ]
+    parts: list[tuple[int, tuple[Source, ...]]] = [
+        (each.shape[0], () if name is None else graph.stands_for(name, 0))
+        for each, name in zip(members, names, strict=True)
+    ]
+    sources: Sources = {0: merged_sources(parts)}
+    if given[0].dim() > 1:
+        found = {(s.tensor, s.dim): s for name in names if name is not None for s in graph.stands_for(name, 1)}
+        sources[1] = tuple(found.values())
+    return add_tensor(graph, stem, made_of(given, torch.cat(rows)), sources=sources)
+
+
+def _loosen(part: fx.Node) -> None:
+    """Let strict views of a part copy where they must: it does not lie as densely in memory as it did."""
+    waiting = [part]
+    while waiting:
+        each = waiting.pop()
+        for user in list(each.users):
+            if source(user) is each or user.target in (aten.view.default, aten.reshape.default):
+                if user.target is aten.view.default:
+                    shape = Call(user)["size"]
+                    user.target, user.args, user.kwargs = aten.reshape.default, (each, shape), {}
+                waiting.append(user)
