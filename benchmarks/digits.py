@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["MODELS", "Digits", "SmallResNet", "SmallViT", "accuracy", "load", "train"]
+__all__ = ["MODELS", "Digits", "SmallMobileNet", "SmallResNet", "SmallViT", "accuracy", "load", "train"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,48 @@ class SmallResNet(nn.Module):
         return logits
 
 
+class _Inverted(nn.Module):
+    """Widen, filter each channel, narrow; a residual where shapes allow."""
+
+    def __init__(self, inside: int, outside: int, stride: int, factor: int = 4) -> None:
+        super().__init__()
+        hidden = factor * inside
+        self.layers = nn.Sequential(
+            nn.Conv2d(inside, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+            nn.Conv2d(hidden, outside, 1, bias=False),
+            nn.BatchNorm2d(outside),
+        )
+        self.residual = stride == 1 and inside == outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class SmallMobileNet(nn.Module):
+    """Six inverted residual blocks of 16, 24 and 40 channels, widened four times, with batch norm and ReLU6."""
+
+    def __init__(self) -> None:
+        """Build with random weights."""
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6())
+        widths = [(16, 16, 1), (16, 24, 2), (24, 24, 1), (24, 24, 1), (24, 40, 2), (40, 40, 1)]
+        self.blocks = nn.Sequential(*(_Inverted(*w) for w in widths))
+        self.last = nn.Sequential(nn.Conv2d(40, 96, 1, bias=False), nn.BatchNorm2d(96), nn.ReLU6())
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(96, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(n, 10)``."""
+        logits: Tensor = self.head(self.drop(self.last(self.blocks(self.stem(x))).mean((2, 3))))
+        return logits
+
+
 class _Layer(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -83,9 +125,9 @@ class _Layer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
+        n, tokens, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, width)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.proj(attended)
         out: Tensor = x + self.mlp(self.norm2(x))
         return out
@@ -110,7 +152,11 @@ class SmallViT(nn.Module):
         return logits
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"small-resnet": SmallResNet, "small-vit": SmallViT}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "small-resnet": SmallResNet,
+    "small-mobilenet": SmallMobileNet,
+    "small-vit": SmallViT,
+}
 
 
 def train(model: nn.Module, data: Digits, *, epochs: int, lr: float, seed: int, batch: int = 64) -> None:

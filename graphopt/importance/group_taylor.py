@@ -34,6 +34,11 @@ class GroupTaylor:
     With S the parameters in the slice of an index and L the loss of one batch the score is the mean over the batches
     of ``(Σ_{w in S} w · ∂L/∂w)²``. The square is taken after the sum: contributions of opposite sign inside a slice
     cancel, as they do in the loss. For a loss that is linear in the parameters it equals the true squared change.
+    Scores are in one unit, the loss's square, and comparable across groups as they are.
+
+    Batches should be small. A trained model's gradient averages out over a large batch, and what is left of it is
+    noise; squared batch by batch it estimates the curvature of the loss (the empirical Fisher information), the better
+    the smaller the batch. One sample a batch is best, and costs a backward pass a sample.
 
     Slices of different kinds are of different size: an embedding channel of a transformer runs through every block.
     With ``component=nvit`` the sum of a slice is divided, before it is squared, by a constant of its kind, as in NViT:
@@ -48,7 +53,7 @@ class GroupTaylor:
     Args:
         batches: how many batches to use; 0 for all.
         component: ``nvit`` divides the sums by constants of their kind; ``none`` does not.
-        normalizer: how groups are made comparable, a key of `NORMALIZERS`.
+        normalizer: how groups are made comparable, a key of `NORMALIZERS`; as they are, by default.
 
     Raises:
         PipelineError: a component normaliser is combined with one that cancels it.
@@ -59,13 +64,13 @@ class GroupTaylor:
     name: ClassVar[str] = "group-taylor"
     batches: int = 0
     component: Literal["none", "nvit"] = "none"
-    normalizer: str = "distortion"
+    normalizer: str = "none"
 
     def __post_init__(self) -> None:
         if self.component != "none" and self.normalizer != "none":
             raise PipelineError(
                 f"{self.name}: component={self.component} scales whole groups, and normalizer={self.normalizer} is "
-                "relative to the group, so one would undo the other: write normalizer=none, or leave component out"
+                "relative to the group, so one would undo the other: leave one of them out"
             )
 
     def score(self, context: ScoreContext) -> Scores:

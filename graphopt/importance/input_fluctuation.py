@@ -63,7 +63,9 @@ class InputFluctuation:
     Args:
         metric: what a column scores.
         batches: how many batches to use; 0 for all.
-        normalizer: how groups are made comparable, a key of `NORMALIZERS`; ``zscore`` is FLAP's own.
+        normalizer: how groups are made comparable, a key of `NORMALIZERS`. FLAP's own is ``zscore``, which says how
+            far an index is from its group's mean, and nothing of how much the group can lose: weighed against cost,
+            it empties groups.
 
     Source: An et al. 2024 (FLAP), arXiv:2312.11983, section 3; covariance of taps and query-key widths are our own.
     """

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from graphopt.errors import PipelineError, unknown_name
 from graphopt.importance.criterion import ScoreContext, Scores
-from graphopt.importance.slices import reach
+from graphopt.importance.slices import readers
 
 __all__ = ["NORMALIZERS", "lamp", "mean", "minmax", "normalize", "total", "zscore"]
 
@@ -67,19 +67,22 @@ def lamp(scores: Floats) -> Floats:
 
 
 def distortion(scores: Floats) -> Floats:
-    """Return what each index adds to the ratio of removed to kept once all lower ones are gone.
+    """Return what each index adds to the ratio of removed to kept when it goes after all lower ones.
 
-    A group that keeps the share r of its sum S has lost (1 - r) / r times what it kept: noise over signal, which grows
-    without bound as the group empties. In ascending order, with R_i = s_i + s_(i+1) + … left, index i adds
-    ``s_i S / R_i²`` to it, to first order in s_i. The loss rises faster than the share falls, so where the widths of
-    two groups multiply in one cost, an allocator takes from both; under ``lamp`` it would empty one of them first.
+    A group that keeps R of its sum S has lost (S - R) / R times what it kept: noise over signal, which grows without
+    bound as the group empties. In ascending order, with R_i = s_i + s_(i+1) + … left, index i adds
+    ``S / R_(i+1) - S / R_i = s_i S / (R_i R_(i+1))``, so scores of removed indices add up to the ratio exactly, and one
+    of four heads is dearer than a quarter of many channels, taken bit by bit. The greatest index, which stays, gets
+    ``S / s``. The loss rises faster than the share falls, so where the widths of two groups multiply in one cost, an
+    allocator takes from both; under ``lamp`` it would empty one of them first.
     """
     order = np.argsort(scores, kind="stable")
     ascending = scores[order]
     left = np.cumsum(ascending[::-1])[::-1]
+    after = np.append(left[1:], left[-1:])
     found = np.zeros_like(scores)
     added = np.divide(ascending, left, out=np.zeros_like(ascending), where=left > 0)
-    found[order] = added * np.divide(left[0], left, out=np.zeros_like(ascending), where=left > 0)
+    found[order] = added * np.divide(left[0], after, out=np.zeros_like(ascending), where=after > 0)
     return found
 
 
@@ -94,8 +97,8 @@ NORMALIZERS: dict[str, Callable[[Floats], Floats]] = {
 }
 """Every normaliser by its name.
 
-:func:`normalize` multiplies ``distortion`` by the number of layers that the group reaches
-(:func:`~graphopt.importance.slices.reach`), which adds up noise over signal over the layers that suffer it: so a
+:func:`normalize` multiplies ``distortion`` by the number of layers that read the group
+(:func:`~graphopt.importance.slices.readers`), which adds up noise over signal over the layers that suffer it: so a
 residual width is dearer than the width inside one block.
 """
 
@@ -111,6 +114,6 @@ def normalize(scores: Scores, name: str, context: ScoreContext) -> Scores:
         raise PipelineError(unknown_name("normalizer", name, NORMALIZERS))
     found = {group: function(values) for group, values in scores.items()}
     if name == "distortion":
-        layers = reach(context)
+        layers = readers(context)
         found = {group: values * layers[group] for group, values in found.items()}
     return found

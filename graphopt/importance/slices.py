@@ -1,7 +1,7 @@
 """Add up values of parameters over the slices of each index.
 
-What may live here: the sums over a group's slices, each parameter element once for an index, and how many layers a
-group reaches. Nothing here decides what a value is.
+What may live here: the sums over a group's slices, each parameter element once for an index, and how many layers read
+a group. Nothing here decides what a value is.
 
 The slice of an index is every element of every parameter that has it in one of its axes: producers' rows, entries of
 biases and norms, sinks' columns. An element that has the same index along two dimensions, as the diagonal of a square
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from graphopt.axes.algebra import Atom, Axis, Concat, Product, index_at, leaves
+from graphopt.axes.infer import Value
 from graphopt.importance.criterion import Parameters, ScoreContext, Scores
 
-__all__ = ["in_float", "project", "reach", "slice_sums", "squared_magnitudes"]
+__all__ = ["in_float", "project", "readers", "slice_sums", "squared_magnitudes"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -71,28 +72,65 @@ def _squares(weight: Tensor) -> Tensor:
     return in_float(weight).square()
 
 
-def reach(context: ScoreContext) -> dict[str, float]:
-    """Return how many layers each group reaches: the share of its elements in each weight, added up.
+def readers(context: ScoreContext) -> dict[str, float]:
+    """Return how many operators read each group, that is, sum products over it; by the share of the sum that it makes.
 
-    A weight is a parameter of two or more dimensions. The hidden width of a perceptron reaches two layers, a residual
-    width every layer that reads or writes it, one part of a concatenation its share of the layers behind.
+    A group that an operator multiplies and passes on, as a layer's own outputs or the channels of a depthwise
+    convolution, is not read by it. The hidden width of a perceptron has one reader; a residual width every layer that
+    reads the residual; one of two equal parts of a concatenation half of each layer behind. Fused attention passes on a
+    width that its values share with queries and keys. Without any reader a group counts as read once, by whatever
+    follows.
     """
     typing = context.typing
+    shares = _Shares()
     totals = dict.fromkeys((group.atom for group in typing.groups), 0.0)
-    atoms = _AtomsOf(totals.keys())
-    for name in context.parameters:
-        if len(typing.tensors[name]) < 2:
-            continue
-        missed: dict[Atom, float] = {}
-        for axis in typing.tensors[name]:
-            if atoms[axis]:
-                shares = {atom: np.zeros(atom.size) for atom in atoms[axis]}
-                project(axis, np.full(axis.size, 1 / axis.size), shares)
-                for atom, share in shares.items():
-                    missed[atom] = missed.get(atom, 1.0) * (1 - float(share.sum()))
-        for atom, share_missed in missed.items():
-            totals[atom] += 1 - share_missed
-    return {group.name: totals[group.atom] for group in typing.groups}
+    for node, terms in typing.macs.items():
+        passed = shares.of_value(typing.values.get(node))
+        for axes in terms:
+            for atom, share in shares.of(axes).items():
+                if atom in totals:
+                    totals[atom] += max(0.0, share - passed.get(atom, 0.0))
+    return {group.name: totals[group.atom] or 1.0 for group in typing.groups}
+
+
+class _Shares:
+    """Say which share of the positions of some axes holds an index of an atom, added up over the axes."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, dict[Atom, float]] = {}
+
+    def of_value(self, value: Value) -> dict[Atom, float]:
+        """Return the shares in a node's result; of several results the largest."""
+        if isinstance(value, tuple):
+            return self.of(value)
+        found: dict[Atom, float] = {}
+        for part in value or ():
+            for atom, share in self.of_value(part).items():
+                found[atom] = max(found.get(atom, 0.0), share)
+        return found
+
+    def of(self, axes: Sequence[Axis]) -> dict[Atom, float]:
+        found: dict[Atom, float] = {}
+        for axis in axes:
+            for atom, share in self._of_axis(axis).items():
+                found[atom] = found.get(atom, 0.0) + share
+        return found
+
+    def _of_axis(self, axis: Axis) -> dict[Atom, float]:
+        known = self._known.get(id(axis))
+        if known is None:
+            if isinstance(axis, Concat):
+                known = {}
+                for part in axis.parts:
+                    for atom, share in self._of_axis(part).items():
+                        known[atom] = known.get(atom, 0.0) + share * part.size / axis.size
+            elif isinstance(axis, Product):
+                known = self.of(axis.factors)
+            else:
+                assert isinstance(axis, Atom)
+                known = {axis: 1.0} if axis.bound is None else self._of_axis(axis.bound)
+            self._known[id(axis)] = known
+        return known
 
 
 class _AtomsOf:

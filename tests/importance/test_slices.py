@@ -12,7 +12,7 @@ from graphopt.axes.infer import Axes, Typing
 from graphopt.capture import capture
 from graphopt.dialects.aten import infer
 from graphopt.importance import L1, L2, ScoreContext, Scores
-from graphopt.importance.slices import reach, slice_sums
+from graphopt.importance.slices import readers, slice_sums
 from tests.cost.handmade import typing_of
 
 
@@ -161,20 +161,36 @@ def test_magnitudes_in_every_precision(dtype: torch.dtype) -> None:
     assert scores["w.weight[0]"].dtype == np.float64
 
 
-def test_reach_counts_layers_by_the_share_of_them_a_group_holds() -> None:
-    hidden, left, right, out = atom(4), atom(2), atom(6), atom(5)
-    typing = typing_of(
-        {
-            "up.weight": (nn.Parameter(torch.randn(4, 3)), (hidden, atom(3))),
-            "up.bias": (nn.Parameter(torch.randn(4)), (hidden,)),
-            "down.weight": (nn.Parameter(torch.randn(8, 4)), (Concat((left, right)), hidden)),
-            "last.weight": (nn.Parameter(torch.randn(5, 8)), (out, Concat((left, right)))),
-        }
-    )
-    found = reach(ScoreContext(typing))
-    assert found["up.weight[0]"] == pytest.approx(2)
-    assert found["down.weight[0]"] == pytest.approx(0.25 + 0.25)
-    assert found["last.weight[0]"] == pytest.approx(1)
+class Readers(nn.Module):
+    """Reads a residual width three times, twice beside another part, and two hidden widths once; one is depthwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side = nn.Conv2d(2, 6, 1), nn.Conv2d(2, 2, 1)
+        self.up, self.depthwise, self.down = nn.Conv2d(6, 9, 1), nn.Conv2d(9, 9, 3, 1, 1, groups=9), nn.Conv2d(9, 6, 1)
+        self.own, self.last = nn.Conv2d(6, 6, 1), nn.Conv2d(8, 5, 1)
+        self.scale = nn.Parameter(torch.randn(5, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.stem(x))
+        y = y + self.down(torch.relu(self.depthwise(self.up(y))))
+        y = y + self.own(y)
+        return (self.last(torch.cat([y, self.side(x)], 1)) * self.scale).sum(1)
+
+
+def test_readers_are_the_layers_that_sum_over_a_group_by_the_share_it_makes() -> None:
+    typing = infer(capture(Readers(), (torch.randn(2, 2, 4, 4),)))
+    found = readers(ScoreContext(typing))
+    by_size = {group.size: found[group.name] for group in typing.groups}
+    assert by_size == {6: pytest.approx(1 + 1 + 6 / 8), 2: pytest.approx(2 / 8), 9: 1, 5: 1}
+
+
+def test_attention_reads_the_width_of_queries_and_keys() -> None:
+    typing = infer(capture(Packed(), (torch.randint(7, (2, 5)),)))
+    found = readers(ScoreContext(typing))
+    by_role = {group.role: found[group.name] for group in typing.groups if group.role != "channels"}
+    # The head dimension is read by the scores, as that of the queries and keys, and by the projection, as the values'.
+    assert by_role == {"heads": 1, "head dim": 2}
 
 
 def test_a_large_parameter_is_summed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
