@@ -88,6 +88,20 @@ def _is_sum(node: fx.Node) -> bool:
     return call.out.dtype.is_floating_point and all(_is_last_use(node, target) for target in written(node))
 
 
+def _adds_nothing(node: fx.Node) -> bool:
+    """Say whether a node adds 0 to a value that no one else reads, as a sum over a list begins."""
+    if node.target is not aten.add.Tensor or len(node.users) > 1:
+        return False
+    call = Call(node)
+    other: Any = call["other"]
+    return (
+        not isinstance(other, fx.Node)
+        and other == 0
+        and spec_of(call["self"]) == spec_of(node)
+        and len(call["self"].users) == 1
+    )
+
+
 def _is_last_use(node: fx.Node, value: fx.Node) -> bool:
     """Say whether no one reads the memory of ``value`` after ``node``, except as the result of ``node``."""
     start = root(value)
@@ -152,6 +166,9 @@ class _Site:
         self.sums.append(node)
         for name in ("self", "other"):
             operand = Call(node)[name]
+            while _adds_nothing(operand):
+                self.sums.append(operand)
+                operand = Call(operand)["self"]
             if _is_sum(operand) and len(operand.users) == 1:
                 self._collect(operand)
             else:
@@ -175,7 +192,7 @@ class _Site:
         for term in (made + rest)[1:]:
             total = insert(self.graph, self.node, aten.add.Tensor, (total, term), like=self.node)
         replace(self.node, total)
-        for each in self.sums:  # a write into memory that lives on would be kept as needed
+        for each in sorted(self.sums, reverse=True):  # a write into memory that lives on would be kept as needed
             self.graph.module.graph.erase_node(each)
 
     def _groups(self, x: fx.Node, operator: Affine) -> Iterator[list[_Branch]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar, Final
@@ -67,13 +67,15 @@ class MergeParallel(Pass):
     preserves: ClassVar[Preserves] = Preserves.EXACT
 
     minimum: int = 2
-    reach: int = 8
+    reach: int = 4
     convolutions: bool = False
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        for readers in _readers(graph):
+        groups = _readers(graph)
+        place = _places(graph, groups)
+        for readers in groups:
             members = [each for each in readers if self._mergeable(graph, context, each)]
-            for near in _near(graph, members, self.reach):
+            for near in _near(place, members, self.reach):
                 site = ", ".join(each.node.name for each in near)
                 if len(near) < self.minimum:
                     context.skipped(site, f"fewer than {self.minimum} near each other read {near[0].input.name}")
@@ -108,15 +110,25 @@ def _readers(graph: Graph) -> list[list[Affine]]:
     return [readers for readers in found.values() if len(readers) > 1]
 
 
-def _near(graph: Graph, members: Sequence[Affine], reach: int) -> Iterator[list[Affine]]:
+def _places(graph: Graph, groups: Sequence[Sequence[Affine]]) -> dict[fx.Node, int]:
+    """Count, for every node, the products that run before it; those that might be merged are none.
+
+    So a second run, which meets merged maps in their place, finds nothing nearer than the first.
+    """
+    candidates = {each.node for readers in groups for each in readers}
+    counts = (
+        node not in candidates and (node.target in PRODUCTS or read_affine(node) is not None) for node in graph.nodes
+    )
+    return dict(zip(graph.nodes, accumulate(counts), strict=True))
+
+
+def _near(place: Mapping[fx.Node, int], members: Sequence[Affine], reach: int) -> Iterator[list[Affine]]:
     """Cut a row of maps where more than ``reach`` products run in between, or where the input is written into."""
     if not members:
         return
-    products = accumulate(node.target in PRODUCTS or read_affine(node) is not None for node in graph.nodes)
-    place = dict(zip(graph.nodes, products, strict=True))
     near = [members[0]]
     for each in members[1:]:
-        far = place[each.node] - place[near[-1].node] - 1 > reach
+        far = place[each.node] - place[near[-1].node] > reach
         if far or overwritten(each.input, each.node, near[0].node) is not None:
             yield near
             near = []

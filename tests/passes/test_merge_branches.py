@@ -175,7 +175,13 @@ def doubled(s: Any, x: Tensor) -> Tensor:
     return s.wide(x) + x + s.point(x) + x
 
 
-FORWARDS = [two, plus_input, input_first, in_place, with_another, two_inputs, doubled]
+def listed(s: Any, x: Tensor) -> Tensor:
+    y = s.wide(x)
+    y += sum([s.point(x), x])
+    return y
+
+
+FORWARDS = [listed, two, plus_input, input_first, in_place, with_another, two_inputs, doubled]
 
 
 @pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
