@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -58,7 +58,7 @@ def difference_in_float64(name: str, text: str, native: bool) -> float:
     return difference(*found, double=True).relative
 
 
-def alternating(sides: list[Callable[[], Any]], repeats: int, least_seconds: float) -> list[float]:
+def alternating(sides: Sequence[Callable[[], Any]], repeats: int, least_seconds: float) -> list[float]:
     """Call each side in turn, at least so often and so long; return the medians in seconds."""
     for side in sides:
         side()

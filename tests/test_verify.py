@@ -324,3 +324,20 @@ def test_a_graph_is_evaluated_once_within_a_run(monkeypatch: pytest.MonkeyPatch)
     evaluate(graph, args, kwargs)
     evaluate(graph, args, kwargs)
     assert len(runs) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_product_that_was_rounded_as_it_was_stored_is_equal_and_a_wrong_one_is_not(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    before = capture(nn.Sequential(nn.Linear(6, 40, bias=False)).to(dtype), (torch.randn(3, 6, dtype=dtype),))
+    (name,) = before.tensors()
+
+    def difference_with(factor: float) -> Difference:
+        after = before.clone()
+        after.set_tensor(name, nn.Parameter(before.tensor(name).detach() * factor))
+        return equivalence(before, after, double=True)
+
+    unit = torch.finfo(dtype).eps
+    assert difference_with(1 + unit).equal
+    assert not difference_with(1 + 200 * unit).equal
+    assert equivalence(before, before.clone(), double=True).allowed == 1e-9

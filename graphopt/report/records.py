@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
-
 from graphopt.cost import Cost
 from graphopt.report.wording import amount, bytes_of, listing, percent, plural
-from graphopt.verify import TOLERANCE, Difference
+from graphopt.verify import Difference
 
 __all__ = ["Account", "BudgetLine", "Comparison", "FrozenRow", "GroupRow", "PassRecord", "Site", "UnknownRow"]
 
@@ -63,7 +61,7 @@ class Comparison:
     def of(cls, subject: str, difference: Difference, inputs: str, *, measured: bool = False) -> Comparison:
         """Make one of a difference; `measured` says that any size of it is fine."""
         precision = str(difference.precision).removeprefix("torch.")
-        allowed = None if measured else TOLERANCE.get(difference.precision, TOLERANCE[torch.float32])
+        allowed = None if measured else difference.allowed
         return cls(subject, difference.relative, difference.output, precision, allowed, inputs)
 
     @property
