@@ -6,7 +6,7 @@ if __name__ != "graphopt.passes":
         "take its parent folder off sys.path, or import graphopt.passes"
     )
 
-from graphopt.passes.canonicalize import FoldConstants, RemoveIdentities, SplitParallel
+from graphopt.passes.canonicalize import FoldConstants, MergeDuplicates, RemoveIdentities, SplitParallel
 from graphopt.passes.merge import MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
@@ -17,6 +17,7 @@ __all__ = [
     "FoldConstants",
     "MergeBranches",
     "MergeConsecutive",
+    "MergeDuplicates",
     "MergeParallel",
     "PruneChannels",
     "RemoveIdentities",
