@@ -7,14 +7,16 @@ if __name__ != "graphopt.passes":
     )
 
 from graphopt.passes.canonicalize import FoldConstants, MergeDuplicates, RemoveIdentities, SplitParallel
-from graphopt.passes.merge import MergeBranches, MergeConsecutive, MergeParallel
+from graphopt.passes.merge import FoldBatchNorm, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
 
 __all__ = [
     "CompensateMean",
     "FineTune",
+    "FoldBatchNorm",
     "FoldConstants",
+    "FoldScale",
     "MergeBranches",
     "MergeConsecutive",
     "MergeDuplicates",

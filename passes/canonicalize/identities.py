@@ -19,7 +19,7 @@ from torch import fx
 from graphopt.dialects.aten.common import overloads
 from graphopt.graph import MODE, Call, TensorSpec, spec_of
 
-__all__ = ["LAYOUT", "RESHAPING", "RULES", "Facts", "Instead", "Kept", "Same"]
+__all__ = ["LAYOUT", "RESHAPING", "RULES", "Facts", "Instead", "Kept", "Same", "permutation"]
 
 aten = torch.ops.aten
 
@@ -359,7 +359,7 @@ def _squeezes_dynamic(node: fx.Node) -> bool:
     return any(spec.dynamic[dim] for dim in _flat(node.args[1]))
 
 
-def _permutation(node: fx.Node) -> tuple[int, ...] | None:
+def permutation(node: fx.Node) -> tuple[int, ...] | None:
     """Return which dimension of its argument each dimension of the result is; None if the call does something else."""
     spec = _spec(node.args[0]) if node.args else None
     if node.target not in _PERMUTING or spec is None:
@@ -378,12 +378,12 @@ def _permutation(node: fx.Node) -> tuple[int, ...] | None:
 
 def _permute(call: Call, facts: Facts) -> Same | Instead | None:
     """Join two orders of dimensions to one, or to none."""
-    order, x = _permutation(call.node), _first(call.node)
+    order, x = permutation(call.node), _first(call.node)
     if order is None or x is None:
         return None
     if order == tuple(range(len(order))):
         return Same(x, "keeps the order of dimensions")
-    inner, before = _permutation(x), _first(x)
+    inner, before = permutation(x), _first(x)
     if inner is None or before is None:
         return None
     joined = tuple(inner[dim] for dim in order)

@@ -353,7 +353,7 @@ def graph_node(graph: Graph, name: str) -> Any:
 # -- properties -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(samples())
 def test_random_graphs_compute_the_same(sample: Sample) -> None:
     note(repr(sample))
@@ -367,7 +367,7 @@ def test_random_graphs_compute_the_same(sample: Sample) -> None:
 links = st.lists(st.sampled_from(sorted(NOTHING)), min_size=1, max_size=6)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(links)
 def test_whatever_computes_nothing_computes_nothing_together(names: list[str]) -> None:
     def function(x: Tensor) -> Tensor:
