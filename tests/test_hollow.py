@@ -16,8 +16,8 @@ from graphopt.capture import capture
 from graphopt.checkpoint import Checkpoint, Weights
 from graphopt.dialects.aten import infer
 from graphopt.errors import CaptureError, LoweringError, PipelineError
-from graphopt.graph import Call
-from graphopt.importance import CRITERIA, ScoreContext
+from graphopt.graph import Call, Graph
+from graphopt.importance import CRITERIA, InputFluctuation, ScoreContext
 from graphopt.rewrite import rewrite
 from graphopt.sweep import Inputs, Sweep, lockstep
 from graphopt.verify import shape_mismatch
@@ -152,6 +152,34 @@ def test_scores_from_a_checkpoint_are_those_from_memory(tmp_path: Path, criterio
     assert len(result.plan) > 0
 
 
+def test_scores_from_activations_are_those_from_memory(tmp_path: Path) -> None:
+    """Calibration data runs through a model of which one layer's weights are in memory at a time."""
+    calibration = [TOKENS, TOKENS.flip(0), TOKENS.flip(1)]
+    pipeline = "prune-channels{importance=input-fluctuation}"
+    model = real()
+    found = graphopt.optimize(
+        unweighted(),
+        (TOKENS,),
+        checkpoint=stored(tmp_path / "in", model),
+        budget=BUDGET,
+        pipeline=pipeline,
+        calibration=calibration,
+    )
+    expected = graphopt.optimize(model, (TOKENS,), budget=BUDGET, pipeline=pipeline, calibration=calibration)
+    assert found.plan == expected.plan
+    scores = [InputFluctuation().score(ScoreContext(infer(graph), calibration)) for graph in bound(tmp_path / "in")]
+    assert scores[0].keys() == scores[1].keys()
+    assert all(np.array_equal(scores[0][group], scores[1][group]) for group in scores[0])
+
+
+def bound(folder: Path) -> tuple[Graph, Graph]:
+    """Return a graph that reads a checkpoint, and one that holds its values."""
+    graph = capture(unweighted(), (TOKENS,))
+    tensors = {name: (graph.tensor(name), graph.names(name)) for name in graph.hollow}
+    graph.weights = Weights.bind(Checkpoint.open(folder), tensors)
+    return graph, capture(real(), (TOKENS,))
+
+
 def test_a_checkpoint_is_pruned_as_the_model_in_memory_is(tmp_path: Path) -> None:
     model = real()
     source = stored(tmp_path / "in", model)
@@ -214,11 +242,7 @@ def test_models_without_weights_have_their_buffers_and_ties() -> None:
 
 def test_a_sweep_holds_one_layer_at_a_time(tmp_path: Path) -> None:
     """Calibration data runs through a model whose weights stay in files, with the same values at every call."""
-    graph = capture(unweighted(), (TOKENS,))
-    full = capture(real(), (TOKENS,))
-    graph.weights = Weights.bind(
-        Checkpoint.open(stored(tmp_path / "in", real())), {n: (graph.tensor(n), graph.names(n)) for n in graph.hollow}
-    )
+    graph, full = bound(stored(tmp_path / "in", real()))
     batches: list[Inputs] = [((TOKENS,), {}), ((TOKENS.flip(0),), {})]
     read: list[str] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar, Literal
@@ -26,6 +27,9 @@ from graphopt.sweep import Sweep
 __all__ = ["InputFluctuation"]
 
 Floats = npt.NDArray[np.float64]
+OUTPUTS = 1 << 22
+"""How many entries of a weight are held in float64 at a time."""
+
 Metric = Literal["wifv", "ifv", "wifn"]
 
 
@@ -113,20 +117,22 @@ class InputFluctuation:
 
     def _of_consumer(self, consumer: Consumer, sweep: Sweep) -> Tensor:
         """Return the score of each column of a consumer."""
-        weight = consumer.columns(sweep.value(consumer.weight, 0).detach().double())
+        weight = consumer.columns(sweep.value(consumer.weight, 0).detach())
         values = sweep.values(consumer.source)
         if self.metric == "wifv":
             blocks = BlockMoments(weight.shape[0], weight.shape[2], weight.device)
             for x in values:
                 for piece in consumer.taps(x):
                     blocks.add(piece)
-            return torch.einsum("pok,pkl,pol->p", weight, blocks.covariance, weight)
+            covariance = blocks.covariance
+            return _over_outputs(weight, lambda w: torch.einsum("pok,pkl,pol->p", w, covariance, w))
         moments = Moments(len(weight), weight.device)
         for x in values:
             moments.add(consumer.rows(x))
         if self.metric == "ifv":
             return moments.variance
-        return weight.abs().mean((1, 2)) * moments.mean_square.sqrt()
+        mean = _over_outputs(weight, lambda w: w.abs().sum((1, 2))) / (weight.shape[1] * weight.shape[2])
+        return mean * moments.mean_square.sqrt()
 
     def _of_contraction(self, contraction: Contraction, sweep: Sweep) -> Tensor:
         """Return the score of each column of a product of queries and keys, averaged over samples and heads."""
@@ -152,6 +158,15 @@ class InputFluctuation:
         if self.metric == "ifv":
             return torch.ones_like(queries[..., 0, :])
         return queries.abs().mean(-2) if self.metric == "wifn" else queries.square().mean(-2)
+
+
+def _over_outputs(weight: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Add up what some outputs at a time of ``(columns, outputs, taps)`` score, in float64: a copy is never whole."""
+    count = max(1, OUTPUTS // max(1, weight.shape[0] * weight.shape[2]))
+    total = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
+    for some in weight.split(count, dim=1):
+        total += score(some.double())
+    return total
 
 
 class _Losses:
