@@ -15,7 +15,21 @@ from graphopt.capture import capture
 from graphopt.dialects.aten import infer
 from graphopt.errors import PassError, PipelineError
 from graphopt.graph import Graph
-from graphopt.importance import CRITERIA, L1, L2, Criterion, GroupTaylor, Random, ScoreContext, Scores
+from graphopt.importance import (
+    CRITERIA,
+    L1,
+    L2,
+    LAMP,
+    BNGamma,
+    Criterion,
+    GroupTaylor,
+    InputFluctuation,
+    Random,
+    ScoreContext,
+    Scores,
+)
+from graphopt.passes.prune import PruneChannels
+from graphopt.pipeline import Pipeline
 
 
 class Perceptron(nn.Module):
@@ -59,6 +73,35 @@ def test_criteria_are_frozen_dataclasses_with_their_name(name: str, kind: type[C
     scores = criterion.score(ScoreContext(typing, labelled(1)))
     assert {name: len(values) for name, values in scores.items()} == {g.name: g.size for g in typing.groups}
     assert all(np.isfinite(values).all() and values.dtype == np.float64 for values in scores.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "criterion"),
+    [
+        ("bn-gamma{over=sum}", BNGamma(over="sum")),
+        ('lamp{unit=weight scope=role normalizer="none"}', LAMP("weight", "role", "none")),
+        ("group-taylor{batches=4 component=nvit}", GroupTaylor(4, "nvit")),
+        ("input-fluctuation{metric=wifn normalizer=zscore}", InputFluctuation("wifn", normalizer="zscore")),
+    ],
+)
+def test_criteria_are_written_and_read_as_text_and_toml(text: str, criterion: Criterion) -> None:
+    pipeline = Pipeline.parse(f"prune-channels{{importance={text}}}")
+    assert pipeline == Pipeline([PruneChannels(importance=criterion)])
+    assert str(pipeline) == f"prune-channels{{importance={text}}}"
+    assert Pipeline.from_toml(pipeline.to_toml()) == pipeline
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lamp{unit=filter}", "'filter'"),
+        ("input-fluctuation{metric=wif}", "did you mean"),
+        ("group-taylor{component=nvit normalizer=mean}", "one would undo the other"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(text: str, message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        Pipeline.parse(f"prune-channels{{importance={text}}}")
 
 
 def test_magnitudes_over_producer_bias_and_sink(typing: Typing) -> None:
