@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import graphopt
 from graphopt.allocation import Budget
 from graphopt.axes.algebra import index_at
 from graphopt.axes.infer import Typing
@@ -18,6 +19,8 @@ from graphopt.dialects.aten import infer
 from graphopt.errors import PassError, PipelineError
 from graphopt.importance import InputFluctuation, ScoreContext, consumers
 from graphopt.passes.prune import PruneChannels
+from graphopt.passes.recover import CompensateMean
+from graphopt.pipeline import Pipeline
 from graphopt.testing import try_pass
 from tests.small_models import attention, convolutions, images, tokens
 
@@ -364,3 +367,29 @@ def test_a_model_without_consumers_is_refused() -> None:
         PipelineError, match="needs a group that a linear layer, a convolution or a matrix product reads"
     ):
         PLAIN.score(ScoreContext(typed(Scale(), torch.randn(8, 4)), [torch.randn(8, 4)]))
+
+
+@pytest.mark.parametrize("name", ["linear", "matmul", "conv2d", "conv2d with padding"])
+@torch.no_grad()
+def test_what_a_real_removal_with_its_mean_kept_costs_is_the_score(name: str) -> None:
+    model, x = built(name)
+    data = list(pieces(x))
+    scores = hidden_scores(typed(model, x), x)
+    original = sum(p.numel() for p in model.parameters())
+    per_index = sum(p.numel() for p in model.front.parameters()) // 6 + model.back.get_parameter("weight").numel() // 6
+    pruned = graphopt.optimize(
+        model,
+        (x[:2],),
+        pipeline=Pipeline(
+            [
+                PruneChannels(importance=PLAIN, budget=Budget(params=float(original - per_index))),
+                CompensateMean(propagate=False),
+            ]
+        ),
+        calibration=data,
+    )
+    (kept,) = {len(sizes[0]) for tensor, sizes in pruned.plan.keep.items() if tensor == "front.weight"}
+    assert kept == 5
+    _, _, _, _, out = CASES[name]
+    change = (model(x) - pruned.module(x)).movedim(out, -1).flatten(0, -2)
+    assert float(change.square().mean(0).sum()) == pytest.approx(scores.min(), rel=1e-9)
