@@ -132,6 +132,11 @@ class Consumer:
         return -1 - self._extents
 
     @property
+    def outputs(self) -> int:
+        """How many channels the output has."""
+        return tensor_spec(self.node).shape[self.channel]
+
+    @property
     def unevenness(self) -> str | None:
         """Say where outputs see less of a constant input than elsewhere; None where all see the same."""
         if not self.is_convolution:
@@ -228,7 +233,7 @@ class Consumer:
         if self.bias is not None:
             return self
         weight = graph.tensor(self.weight)
-        size = tensor_spec(self.node).shape[self.channel]
+        size = self.outputs
         zeros = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
         name = add_tensor(graph, _bias_name(self.weight), zeros, sources={})
         add = None
@@ -451,6 +456,11 @@ class Layer:
     inputs: Tensor | None
     outputs: Tensor | None
     kept: Mapping[int, Indices]
+
+    @property
+    def width(self) -> int:
+        """How many outputs are left."""
+        return self.pruned.outputs
 
     def weight_before(self, reference: Reference) -> Tensor:
         """Return what is left of the weight that the layer had in the reference."""

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from graphopt.errors import PipelineError
 from graphopt.graph import Graph
-from graphopt.moments import CoMoments, Moments
+from graphopt.moments import Moments
 from graphopt.passes.recover.consumers import Layer, calibration_inputs, paired, relative, rework, sharing, tolerance
-from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
+from graphopt.passes.recover.least_squares import Regression
+from graphopt.pipeline import Context, Pass, PassResult, Preserves, Reference, register
 from graphopt.report.wording import bytes_of
 from graphopt.sweep import Sweep
 
@@ -61,7 +62,7 @@ class RidgeRefit(Pass):
     name: ClassVar[str] = "ridge-refit"
     preserves: ClassVar[Preserves] = Preserves.APPROXIMATE
 
-    ridge: float = 1e-2
+    ridge: float = 3e-2
     towards: Literal["kept", "zero"] = "kept"
     samples: int = 64
     width: int = 16384
@@ -92,8 +93,7 @@ class RidgeRefit(Pass):
                 context.skipped(layer.name, reason)
 
         def change(layer: Layer, left: Sweep, right: Sweep) -> dict[str, Tensor] | None:
-            target = layer.weight_before(reference)
-            return self._refitted(layer, left, right, graph, target, context)
+            return self._refitted(layer, left, right, graph, self._pull(layer, graph, reference), context)
 
         rework(graph, context.reference, inputs, chosen, change, give_bias=self.bias)
         return PassResult(graph)
@@ -112,10 +112,10 @@ class RidgeRefit(Pass):
         return None
 
     def _refitted(
-        self, layer: Layer, left: Sweep, right: Sweep, graph: Graph, target: Tensor, context: Context
+        self, layer: Layer, left: Sweep, right: Sweep, graph: Graph, pull: Tensor, context: Context
     ) -> dict[str, Tensor] | None:
         """Return new weight and bias; None where the layer stays as it is."""
-        before = _Error.of(layer, left, right, graph)
+        before = _Error.of(layer, left, right, graph, None)
         weight = graph.tensor(layer.pruned.weight)
         if before.relative <= tolerance(weight.dtype):
             context.skipped(
@@ -124,14 +124,14 @@ class RidgeRefit(Pass):
                 error=before.relative,
             )
             return None
-        system = self._system(layer, left, right, graph, before.count, context.seed)
-        new = self._solved(system, layer, graph, target)
+        regression = self._regression(layer, left, right, graph, before.count, context.seed)
+        new = self._solved(regression, layer, graph, pull)
         for name, tensor in new.items():
             right.replace(name, tensor)
-        after = _Error.of(layer, left, right, graph)
-        width = system.gram.scatter.shape[1]
+        after = _Error.of(layer, left, right, graph, before.expected)
+        width = pull.shape[1]
         facts = {
-            "samples": system.gram.count,
+            "samples": regression.count,
             "inputs": width,
             "error_before": before.relative,
             "error_after": after.relative,
@@ -142,18 +142,19 @@ class RidgeRefit(Pass):
                 right.replace(name, graph.tensor(name))
             context.skipped(layer.name, f"no fit is noticeably better: {numbers}, ridge {self.ridge:g}", **facts)
             return None
-        what = f"{numbers}, from {system.gram.count:,} samples of {width:,} inputs"
-        if system.gram.count <= width:
+        what = f"{numbers}, from {regression.count:,} samples of {width:,} inputs"
+        if regression.count <= width:
             what += "; with as few samples as that the ridge decides"
         context.applied(layer.name, what, **facts)
         return new
 
-    def _system(self, layer: Layer, left: Sweep, right: Sweep, graph: Graph, count: int, seed: int) -> _System:
+    def _regression(self, layer: Layer, left: Sweep, right: Sweep, graph: Graph, count: int, seed: int) -> Regression:
         """Accumulate the moments of inputs, and of inputs and what is missing of the outputs."""
         pruned = layer.pruned
-        groups, outputs, width = pruned.matrix(graph.tensor(pruned.weight)).shape
-        device = graph.tensor(pruned.weight).device
-        system = _System(CoMoments(width, width, groups, device), CoMoments(width, outputs, groups, device))
+        weight = graph.tensor(pruned.weight)
+        groups, outputs, width = pruned.matrix(weight).shape
+        intercept = pruned.bias is not None
+        found = Regression.empty(width, outputs, groups, weight.device, intercept=intercept)
         generator = torch.Generator().manual_seed(seed)
         share = min(1.0, self.samples * width / count) if self.samples else 1.0
         missing = (gap for _, gap in layer.residuals(left, right, graph))
@@ -163,37 +164,29 @@ class RidgeRefit(Pass):
             if share < 1:
                 rows = torch.randperm(len(gap), generator=generator)[: ceil(share * len(gap))].sort().values
             for part in rows.to(x.device).split(max(1, _CHUNK // (groups * width))):
-                a = pruned.take(patches, part).double()
-                system.gram.add(a)
-                system.cross.add(a, pruned.grouped(gap[part]).double())
-        return system
+                found.add(pruned.take(patches, part), pruned.grouped(gap[part]))
+        return found
 
-    def _solved(self, system: _System, layer: Layer, graph: Graph, target: Tensor) -> dict[str, Tensor]:
+    def _solved(self, regression: Regression, layer: Layer, graph: Graph, pull: Tensor) -> dict[str, Tensor]:
         pruned = layer.pruned
         old = graph.tensor(pruned.weight).detach()
         matrix = pruned.matrix(old).double()
-        centred = pruned.bias is not None
-        gram = system.gram.scatter if centred else system.gram.products
-        cross = system.cross.scatter if centred else system.cross.products
-        shrinkage = self.ridge * system.gram.scatter.diagonal(dim1=1, dim2=2).mean(1)
-        # The equations are solved for the change of the weights there are: what is small loses no digits.
-        pull = matrix - pruned.matrix(target).double() if self.towards == "kept" else matrix
-        cross = cross - shrinkage[:, None, None] * pull.mT
-        change = solve(gram, cross, shrinkage)
+        change = regression.change(self.ridge, pull)
         found = {pruned.weight: pruned.stored(matrix + change.mT, old)}
         if pruned.bias is not None:
             bias = graph.tensor(pruned.bias).detach()
             # The weight's rounding moves the mean, and the bias makes up for that, too.
             moved = pruned.matrix(found[pruned.weight]).double() - matrix
-            shift = system.cross.means[1] - torch.einsum("goi,gi->go", moved, system.gram.means[0])
-            found[pruned.bias] = (bias.double() + shift.flatten()).to(bias.dtype)
+            found[pruned.bias] = (bias.double() + regression.constant(moved.mT).flatten()).to(bias.dtype)
         return found
 
-
-@dataclass(frozen=True)
-class _System:
-    gram: CoMoments
-    cross: CoMoments
+    def _pull(self, layer: Layer, graph: Graph, reference: Reference) -> Tensor:
+        """Return how far the weights are from where the ridge draws them, ``(g, inputs, outputs)``."""
+        pruned = layer.pruned
+        matrix = pruned.matrix(graph.tensor(pruned.weight).detach()).double()
+        if self.towards == "kept":
+            matrix = matrix - pruned.matrix(layer.weight_before(reference)).double()
+        return matrix.mT
 
 
 @dataclass(frozen=True)
@@ -202,37 +195,16 @@ class _Error:
 
     relative: float
     count: int
+    expected: Moments
 
     @classmethod
-    def of(cls, layer: Layer, left: Sweep, right: Sweep, graph: Graph) -> _Error:
-        expected: Moments | None = None
+    def of(cls, layer: Layer, left: Sweep, right: Sweep, graph: Graph, expected: Moments | None) -> _Error:
+        """Measure; ``expected`` are the moments of the output as it was, where they are known already."""
+        size, device = layer.width, graph.tensor(layer.pruned.weight).device
+        missing = Moments(size, device)
+        seen = expected or Moments(size, device)
         for y, gap in layer.residuals(left, right, graph):
-            if expected is None:
-                expected, missing = Moments(y.shape[1], y.device), Moments(y.shape[1], y.device)
-            expected.add(y)
             missing.add(gap)
-        assert expected is not None  # there are batches
-        return cls(relative(missing.mean_square, expected), missing.count)
-
-
-def solve(gram: Tensor, cross: Tensor, shrinkage: Tensor) -> Tensor:
-    """Return ``(gram + shrinkage · I)⁻¹ cross``, group by group; the least solution where there are many.
-
-    Args:
-        gram: positive semidefinite, ``(g, n, n)``.
-        cross: ``(g, n, m)``.
-        shrinkage: ``(g,)``.
-    """
-    system = gram.clone()
-    system.diagonal(dim1=1, dim2=2).add_(shrinkage[:, None])
-    factor, failed = torch.linalg.cholesky_ex(system)
-    diagonal = factor.diagonal(dim1=1, dim2=2)
-    # A factor with a pivot that is round-off would blow up what is round-off in the right-hand side.
-    unsound = (failed != 0) | (diagonal.min(1).values <= 1e-7 * diagonal.max(1).values)
-    found = torch.cholesky_solve(cross, torch.where(unsound[:, None, None], torch.eye(gram.shape[1]).to(gram), factor))
-    for g in unsound.nonzero().flatten().tolist():
-        values, vectors = torch.linalg.eigh(system[g])
-        large = values > values.max().clamp(min=0) * gram.shape[1] * torch.finfo(values.dtype).eps
-        inverse = torch.where(large, 1 / torch.where(large, values, 1.0), 0.0)
-        found[g] = vectors @ (inverse[:, None] * (vectors.mT @ cross[g]))
-    return found
+            if expected is None:
+                seen.add(y)
+        return cls(relative(missing.mean_square, seen), missing.count, seen)

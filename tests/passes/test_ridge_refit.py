@@ -17,7 +17,7 @@ from graphopt.capture import capture
 from graphopt.dialects.aten import infer
 from graphopt.errors import PipelineError
 from graphopt.passes import RidgeRefit
-from graphopt.passes.recover.ridge_refit import solve
+from graphopt.passes.recover.least_squares import solve
 from graphopt.pipeline import Pipeline
 from graphopt.testing import Trial, damaged, pruned, try_pass
 from tests.passes.test_compensate_mean import Twice, cut, gap, halved
