@@ -106,6 +106,8 @@ class Matrix(Consumer):
         return x.reshape(-1, x.shape[-1])
 
     def columns(self, weight: Tensor) -> Tensor:
+        if weight.dim() == 1:
+            return weight[:, None, None]
         weight = weight.mT if self.w_turned else weight
         return weight.reshape(-1, weight.shape[-1]).unsqueeze(-1)
 

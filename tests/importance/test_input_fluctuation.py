@@ -58,6 +58,17 @@ class Product(nn.Module):
         return self.weight @ x if self.side == "left" else x @ self.weight
 
 
+class Vector(nn.Module):
+    """A linear layer with one output and no dimension for it."""
+
+    def __init__(self, inside: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inside))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight).unsqueeze(-1)
+
+
 class Rows(nn.Module):
     """A linear layer over the last dimension but one."""
 
@@ -74,6 +85,7 @@ IMAGES = (9, 2, 7, 6)
 CASES = {
     "linear": (nn.Linear(4, 6), nn.Linear(6, 3), (9, 4), -1, -1),
     "linear on tokens": (nn.Linear(4, 6), nn.Linear(6, 3, bias=False), (9, 5, 4), -1, -1),
+    "linear with a vector": (nn.Linear(4, 6), Vector(6), (9, 4), -1, -1),
     "matmul": (nn.Linear(4, 6), Product(6, 3), (9, 5, 4), -1, -1),
     "matmul from the left": (Rows(4, 6), Product(3, 6, side="left"), (9, 4, 5), -2, -2),
     "addmm": (nn.Linear(4, 6), Product(6, 3, side="added"), (9, 4), -1, -1),
