@@ -8,7 +8,7 @@ if __name__ != "graphopt.passes":
 
 from graphopt.passes.canonicalize import FoldConstants, MergeDuplicates, RemoveIdentities, SplitParallel
 from graphopt.passes.merge import FoldBatchNorm, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
-from graphopt.passes.prune import PruneChannels
+from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "MergeDuplicates",
     "MergeParallel",
     "PruneChannels",
+    "RemoveConstantChannels",
     "RemoveIdentities",
     "RidgeRefit",
     "SplitParallel",

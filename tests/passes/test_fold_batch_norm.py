@@ -279,6 +279,7 @@ def test_plans_go_on_speaking_of_the_batch_norm() -> None:
 # -- properties -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=15)
 @given(samples())
 def test_random_graphs_compute_the_same(sample: Sample) -> None:

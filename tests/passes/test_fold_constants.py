@@ -263,6 +263,7 @@ def test_a_weight_is_not_stored_twice() -> None:
 # -- properties -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=15)
 @given(samples())
 def test_random_graphs_compute_the_same_and_lose_no_group(sample: Sample) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import given, note, settings
 from torch import Tensor, nn
@@ -225,6 +226,7 @@ def test_empty_and_undefined_entries_compare_as_they_are() -> None:
 # -- properties -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=15)
 @given(samples())
 def test_random_graphs_compute_the_same(sample: Sample) -> None:

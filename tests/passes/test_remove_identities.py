@@ -353,6 +353,7 @@ def graph_node(graph: Graph, name: str) -> Any:
 # -- properties -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=15)
 @given(samples())
 def test_random_graphs_compute_the_same(sample: Sample) -> None:
