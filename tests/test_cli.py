@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 import graphopt
@@ -43,6 +44,12 @@ def with_inputs():
 
 def words():
     return Words()
+
+def hollow():
+    import graphopt
+
+    with graphopt.without_weights():
+        return Net(), torch.randn(3, 4)
 
 def broken():
     raise RuntimeError("the weights are gone")
@@ -127,6 +134,22 @@ def test_optimize_writes_what_it_made(run: Run, tmp_path: Path) -> None:
     assert report["cost"]["after"]["params"] <= 0.6 * report["cost"]["before"]["params"]
     assert json.loads((tmp_path / "page.json").read_text()) == report
     assert report["model"] == "model.pt2"
+
+
+def test_optimize_reads_values_from_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    state = {"first.weight": (8, 4), "first.bias": (8,), "second.weight": (2, 8), "second.bias": (2,)}
+    source = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({name: torch.randn(shape) for name, shape in state.items()}, source)
+    flags = ("--params", "0.6", "--checkpoint", str(source), "-o", str(tmp_path / "out"))
+    found = run("optimize", "nets:hollow", *flags, "--json")
+    assert found.code == 0, found.err
+    pruned = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert pruned.keys() == state.keys()
+    assert len(pruned["first.bias"]) < 8
+    assert "no output was compared" in json.loads(found.out)["warnings"][0]
+    refused = run("optimize", "nets:hollow", "--params", "0.6")
+    assert refused.code == 2
+    assert "checkpoint=PATH" in refused.err
 
 
 def test_optimize_takes_data_and_a_metric(run: Run) -> None:
