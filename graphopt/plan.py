@@ -230,7 +230,7 @@ class Plan:
                 f"the checkpoint {source} has no {absent[0]}, which the plan shrinks; nothing was written"
             )
         for name, held in spelling.items():
-            self._check_shape(held, checkpoint.entries[held].shape, self.shapes[name])
+            self._check_shape(held, checkpoint.shape(held), self.shapes[name])
         cuts = {held: self.keep[name] for name, held in spelling.items()}
         return checkpoint.write_cut(Path(directory), cuts)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from graphopt import checkpoint as module
 from graphopt.checkpoint import Checkpoint, Weights, spelled
 from graphopt.errors import PipelineError
+from graphopt.plan import Plan
 
 
 def written(folder: Path, *shards: dict[str, Tensor]) -> Path:
@@ -154,3 +155,64 @@ def test_what_does_not_fit_the_model_is_named(tmp_path: Path) -> None:
     ):
         Weights.bind(checkpoint, {"layer.weight": (torch.empty(3), ["layer.weight"])})
     assert len(Weights.bind(checkpoint, {"x": (torch.empty(2), ["x"])}, spare=["x"])) == 0
+
+
+def mixture(layer: str, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """Return a router's weight and each of four experts' by itself."""
+    state = {f"{layer}.gate.weight": torch.randn(4, 3)}
+    for number in range(4):
+        for part in parts:
+            shape = (3, 5) if part.startswith(("down", "w2")) else (5, 3)
+            state[f"{layer}.experts.{number}.{part}.weight"] = torch.randn(shape)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("layer", "parts"),
+    [("model.0.block_sparse_moe", ("w1", "w3", "w2")), ("model.0.mlp", ("gate_proj", "up_proj", "down_proj"))],
+)
+def test_experts_that_are_written_one_by_one_are_read_and_cut_together(
+    tmp_path: Path, layer: str, parts: tuple[str, ...]
+) -> None:
+    """Those that go are not written, the others are numbered anew, and the index follows."""
+    state = mixture(layer, parts)
+    names = list(state)
+    checkpoint = Checkpoint.open(written(tmp_path / "in", *({n: state[n] for n in names[i::2]} for i in range(2))))
+    gate, up, down = (torch.stack([state[f"{layer}.experts.{e}.{part}.weight"] for e in range(4)]) for part in parts)
+    wanted = {
+        "model.0.mlp.experts.gate_up_proj": torch.cat([gate, up], dim=1),
+        "model.0.mlp.experts.down_proj": down,
+        "model.0.mlp.gate.weight": state[f"{layer}.gate.weight"],
+    }
+    weights = Weights.bind(checkpoint, {name: (tensor, [name]) for name, tensor in wanted.items()})
+    assert all(torch.equal(weights[name], tensor) for name, tensor in wanted.items())
+    experts, hidden, width = np.array([1, 3]), np.array([0, 2, 3]), np.array([0, 2])
+    keep = {
+        "model.0.mlp.experts.gate_up_proj": {0: experts, 1: np.concatenate([hidden, hidden + 5]), 2: width},
+        "model.0.mlp.experts.down_proj": {0: experts, 1: width, 2: hidden},
+        "model.0.mlp.gate.weight": {0: experts, 1: width},
+    }
+    plan = Plan({n: dict(dims) for n, dims in keep.items()}, {n: tuple(t.shape) for n, t in wanted.items()})
+    plan.apply_files(tmp_path / "in", tmp_path / "out")
+    found = Checkpoint.open(tmp_path / "out")
+    assert {name for name in found if ".experts." in name} == {
+        f"{layer}.experts.{number}.{part}.weight" for number in (0, 1) for part in parts
+    }
+    after = Weights.bind(found, {name: (torch.empty(plan.shape_after(name)), [name]) for name in wanted})
+    expected = plan.apply(wanted)
+    assert all(torch.equal(after[name], expected[name]) for name in wanted)
+    assert all(torch.equal(weights.sliced(keep)[name], expected[name]) for name in wanted)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: entry.file.name for name, entry in found.entries.items()}
+
+
+def test_experts_that_are_no_stack_are_left_alone(tmp_path: Path) -> None:
+    """Of other sizes, with a number left out, or with a part that is missing."""
+    whole = mixture("a.mlp", ("gate_proj", "up_proj", "down_proj"))
+    for broken in (
+        {**whole, "a.mlp.experts.2.up_proj.weight": torch.randn(6, 3)},
+        {name: tensor for name, tensor in whole.items() if ".1." not in name},
+        {name: tensor for name, tensor in whole.items() if "2.up_proj" not in name},
+    ):
+        safetensors.torch.save_file(broken, tmp_path / "model.safetensors")
+        assert "a.mlp.experts.gate_up_proj" not in Checkpoint.open(tmp_path)

@@ -169,7 +169,7 @@ def test_scores_from_activations_are_those_from_memory(tmp_path: Path) -> None:
     assert found.plan == expected.plan
     scores = [InputFluctuation().score(ScoreContext(infer(graph), calibration)) for graph in bound(tmp_path / "in")]
     assert scores[0].keys() == scores[1].keys()
-    assert all(np.array_equal(scores[0][group], scores[1][group]) for group in scores[0])
+    assert all(np.allclose(scores[0][group], scores[1][group], rtol=1e-12, atol=0) for group in scores[0])
 
 
 def bound(folder: Path) -> tuple[Graph, Graph]:

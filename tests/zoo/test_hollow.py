@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture import capture
-from graphopt.checkpoint import Checkpoint, Weights
+from graphopt.checkpoint import INDEX, Checkpoint, Weights, spelled
 from graphopt.dialects.aten import infer
 from graphopt.graph import Graph
 from graphopt.importance import CRITERIA, ScoreContext
@@ -24,31 +23,17 @@ from tests.zoo import ZOO, quiet
 
 pytestmark = pytest.mark.zoo
 
-FILES = {"llama_gqa": "library", "qwen3": "library", "mixtral": "state dict"}
-"""Whose files hold the tensors as the module does; transformers writes each of Mixtral's experts by itself."""
+ROUTED = "prune-channels{constraints.normalised=together}"
+"""Experts are normalised over, and go along with everything else."""
 
 
-def saved(model: Any, folder: Path, how: str) -> Path:
-    """Write a checkpoint in several files."""
-    if how == "library":
-        with quiet():
-            model.save_pretrained(folder, max_shard_size="150KB")
-        return folder
-    folder.mkdir()
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    names = list(state)
-    parts = {f"part-{i}.safetensors": names[i::3] for i in range(3)}
-    for file, part in parts.items():
-        safetensors.torch.save_file({name: state[name] for name in part}, folder / file)
-    index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
-
-
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen3", "mixtral"])
 def test_scores_and_files_are_those_of_the_model_in_memory(name: str, tmp_path: Path) -> None:
-    model, inputs = ZOO[name].build(), ZOO[name].inputs()
-    folder = saved(model, tmp_path / "in", FILES[name])
+    model: Any = ZOO[name].build()
+    inputs = ZOO[name].inputs()
+    folder = tmp_path / "in"
+    with quiet():
+        model.save_pretrained(folder, max_shard_size="150KB")
     assert len(list(folder.glob("*.safetensors"))) > 1
     with graphopt.without_weights():
         hollow = ZOO[name].build()
@@ -61,16 +46,20 @@ def test_scores_and_files_are_those_of_the_model_in_memory(name: str, tmp_path: 
     for criterion in ("l2", "lamp", "input-fluctuation"):
         found, expected = (CRITERIA[criterion]().score(ScoreContext(infer(g), calibration)) for g in (graph, full))
         assert found.keys() == expected.keys()
-        assert all(np.array_equal(found[group], expected[group]) for group in found), criterion
-    options: dict[str, Any] = {"budget": graphopt.Budget(params=0.6), "pipeline": "prune-channels"}
+        # Products of activations may differ in the last bit from call to call, with where tensors lie in memory.
+        assert all(np.allclose(found[group], expected[group], rtol=1e-12, atol=0) for group in found), criterion
+    options: dict[str, Any] = {"budget": graphopt.Budget(params=0.6), "pipeline": ROUTED}
     result = graphopt.optimize(hollow, inputs, checkpoint=folder, output=tmp_path / "out", **options)
     expected_state = graphopt.optimize(model, inputs, **options).module.state_dict()
-    state: dict[str, Tensor] = {}
-    for path in (tmp_path / "out").glob("*.safetensors"):
-        state |= safetensors.torch.load_file(path) if path.name != "plan.safetensors" else {}
-    assert state
-    assert all(torch.equal(tensor, expected_state[each]) for each, tensor in state.items())
-    assert {str(result.plan.shape_after(each)) for each in state if each in result.plan.keep}
+    written = Checkpoint.open(tmp_path / "out")
+    assert written.keys() == {*json.loads((tmp_path / "out" / f"model{INDEX}").read_text())["weight_map"]}
+    spelling = spelled(expected_state, written)
+    assert len(spelling) >= len(expected_state) - 1  # a shared tensor is written once
+    assert all(torch.equal(written[held], expected_state[each]) for each, held in spelling.items())
+    assert sum(each in result.plan.keep for each in spelling) > len(spelling) / 2
+    experts = [each for each in result.plan.keep if each.endswith(".experts.down_proj")]
+    assert all(0 in result.plan.keep[each] for each in experts)
+    assert bool(experts) == (name == "mixtral")
 
 
 def test_a_mixtral_with_fewer_experts_is_the_one_its_library_builds() -> None:
@@ -84,7 +73,8 @@ def test_a_mixtral_with_fewer_experts_is_the_one_its_library_builds() -> None:
         config = copy.deepcopy(model.config)
         config.num_local_experts = len(kept)
         with quiet():
-            smaller = type(model)(config).double().eval()
+            kind: Any = type(model)
+            smaller = kind(config).double().eval()
         smaller.set_experts_implementation("eager")  # the fused product takes no float64
         smaller.load_state_dict({name: without(name, tensor, kept) for name, tensor in model.state_dict().items()})
         pruned = rewrite(typing, {group.atom: np.array(kept) for group in groups})
