@@ -56,7 +56,7 @@ def test_scores_and_files_are_those_of_the_model_in_memory(name: str, tmp_path: 
     spelling = spelled(expected_state, written)
     assert len(spelling) >= len(expected_state) - 1  # a shared tensor is written once
     assert all(torch.equal(written[held], expected_state[each]) for each, held in spelling.items())
-    assert sum(each in result.plan.keep for each in spelling) > len(spelling) / 2
+    assert sum(each in result.plan.keep for each in spelling) >= 6
     experts = [each for each in result.plan.keep if each.endswith(".experts.down_proj")]
     assert all(0 in result.plan.keep[each] for each in experts)
     assert bool(experts) == (name == "mixtral")
