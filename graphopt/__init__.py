@@ -4,7 +4,7 @@ The public names; everything else may change.
 
 - :func:`optimize` makes a model meet a :class:`Budget`, through a :class:`Pipeline` of passes
 - :func:`inspect` says what a model is made of, :func:`explain` why a dimension goes with others or cannot shrink
-- :class:`Plan` says which indices of a model's tensors are left, and prunes a checkpoint
+- :class:`Plan` says which indices of a model's tensors are left, and prunes a checkpoint, or a module in its own class
 - :class:`Pass` is what a pass of your own derives from
 - :func:`debugging` lets a failure leave files that replay it
 - :func:`without_weights` builds a model whose weights do not fit in memory
@@ -24,6 +24,7 @@ from graphopt.errors import (
     MissingDependencyError,
     PassError,
     PipelineError,
+    PlanError,
     UnsupportedOperatorError,
     VerificationError,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "Plan",
+    "PlanError",
     "UnsupportedOperatorError",
     "VerificationError",
     "__version__",

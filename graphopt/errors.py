@@ -6,6 +6,7 @@ The tree, with the exit status the command line ends with::
     ├── CaptureError                3   the model could not be turned into a graph
     ├── UnsupportedOperatorError    3   the graph holds an operator that a stage has to know and does not
     ├── PipelineError               2   unknown pass, target or criterion; bad option; text that does not parse
+    │   └── PlanError               2   a plan does not fit a module, or a module's code cannot follow it
     ├── BudgetError                 2   the budget cannot be met; `smallest` says what can
     ├── PassError                   4   a pass broke off
     ├── VerificationError           5   a rewrite did not keep its promise
@@ -28,6 +29,7 @@ __all__ = [
     "MissingDependencyError",
     "PassError",
     "PipelineError",
+    "PlanError",
     "UnsupportedOperatorError",
     "VerificationError",
     "nearest_name",
@@ -61,6 +63,23 @@ class PipelineError(GraphOptError):
     """Say that a pipeline, a target or an option was asked for which does not exist or does not parse."""
 
     exit_code: ClassVar[int] = 2
+
+
+class PlanError(PipelineError):
+    """Say that a plan cannot be applied to a module: it is another model's, or the code has a size written into it.
+
+    Args:
+        message: what does not fit, and what to do.
+        module: qualified name of the module whose code cannot follow; empty where it is none's fault.
+        code: the line of that code.
+        exclude: patterns of the groups without which the code could follow, for the constraints of `prune-channels`.
+    """
+
+    def __init__(self, message: str, *, module: str = "", code: str = "", exclude: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.module = module
+        self.code = code
+        self.exclude = tuple(exclude)
 
 
 class BudgetError(GraphOptError):

@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+import graphopt.shrink  # noqa: F401  # lets plans be applied to modules
 from graphopt.allocation import Budget
 from graphopt.capture import capture
 from graphopt.checkpoint import Checkpoint, Weights
@@ -35,7 +36,7 @@ from graphopt.importance.calibration import Loss, batches
 from graphopt.passes import FineTune
 from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer, watching
 from graphopt.pipeline import run as run_pipeline
-from graphopt.plan import Plan
+from graphopt.plan import Origin, Plan
 from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, print_explanation, unknown_rows
 from graphopt.report.wording import amount, listing, plural
 from graphopt.targets import Lowered, Target, find_target, write_manifest
@@ -194,7 +195,8 @@ def optimize(
             lowered, artifacts = _lowered(chosen, outcome, folder, report, clock)
     module = outcome.graph.module
     module.train(graph.training)
-    return Result(module, lowered.onnx, outcome.plan, artifacts, report, outcome.graph)
+    plan = replace(outcome.plan, origin=Origin.of(model, inputs[0][1] if inputs else graph.example_inputs, module))
+    return Result(module, lowered.onnx, plan, artifacts, report, outcome.graph)
 
 
 def inspect(model: Any, example_inputs: Any = None) -> Inspection:

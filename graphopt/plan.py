@@ -1,21 +1,23 @@
 """Remember what was kept of the input model's tensors, so that it can be looked at, saved, composed and applied again.
 
-What may live here: the plan and its file. A plan speaks of tensors by their names in the *input* model; it knows
-neither graphs nor groups once it is made.
+What may live here: the plan, its file, and what it remembers of the run that made it. A plan speaks of tensors by their
+names in the *input* model; it knows neither graphs nor groups once it is made.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, ClassVar, Final, TypeVar, overload
 
 import numpy as np
 import safetensors.numpy
 import torch
+from torch import nn
 
 from graphopt.axes.algebra import Atom, Indices, kept_positions, leaves
 from graphopt.axes.infer import Typing
@@ -23,12 +25,44 @@ from graphopt.checkpoint import Checkpoint, open_file, spelled
 from graphopt.errors import PipelineError
 from graphopt.graph import Source
 
-__all__ = ["Plan"]
+__all__ = ["Origin", "Plan"]
 
 FORMAT: Final = "graphopt-plan"
 VERSION: Final = "1"
 
 Kept = dict[str, dict[int, Indices]]
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+Shrink = Callable[[nn.Module, Kept, Any, nn.Module | None], nn.Module]
+"""Makes the smaller copy of a module, from what is kept of its tensors, example inputs, and a reference."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Remember the run that made a plan; nothing of it is saved, and neither model is kept alive by it.
+
+    Attributes:
+        inputs: What the run's promises were checked on, ``(args, kwargs)``.
+        result: The smaller model that the run gave.
+        stamps: Where each tensor of the input model was in memory, and how often it had been written to: a module with
+            the same stamps is the input model as it was.
+    """
+
+    inputs: tuple[tuple[Any, ...], dict[str, Any]]
+    result: weakref.ref[nn.Module]
+    stamps: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Any, inputs: tuple[tuple[Any, ...], dict[str, Any]], result: nn.Module) -> Origin:
+        """Remember a run on ``model``."""
+        return cls(inputs, weakref.ref(result), _stamps(model) if isinstance(model, nn.Module) else {})
+
+    def result_for(self, module: nn.Module) -> nn.Module | None:
+        """Return the smaller model, if it still exists and ``module`` is the input model, not written to since."""
+        result = self.result()
+        if result is None or not self.stamps or _stamps(module) != self.stamps:
+            return None
+        devices = {t.device for part in (module, result) for t in part.state_dict().values()}
+        return result if len(devices) <= 1 else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +75,17 @@ class Plan:
         shapes: The shapes that these tensors had in the input model.
         aliases: Further names of shared tensors among them, with the name that stands for each.
         transient: Those among them that no state dict and no checkpoint holds: the model makes them when it is built.
+        origin: The run that made it; None for a plan that was loaded, composed or copied to another process.
     """
 
     keep: Kept = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     transient: frozenset[str] = frozenset()
+    origin: Origin | None = field(default=None, repr=False)
+
+    shrink: ClassVar[Shrink]
+    """How modules are cut. It takes capturing and rewriting, which stand above plans: ``graphopt.shrink`` sets it."""
 
     @classmethod
     def of(cls, typing: Typing, keep: Mapping[Atom, Indices]) -> Plan:
@@ -160,16 +199,72 @@ class Plan:
 
     __hash__ = None  # type: ignore[assignment]  # holds arrays
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "origin": None}  # the run stays in its process
+
     # -- applying --
 
-    def apply(self, state: Mapping[str, torch.Tensor], *, strict: bool = True) -> dict[str, torch.Tensor]:
-        """Return a state dict of the input model without what the plan removes; the rest is passed through.
+    @overload
+    def apply(
+        self, target: AnyModule, example_inputs: Any = None, *, reference: nn.Module | None = None
+    ) -> AnyModule: ...
 
-        Sliced tensors are new and contiguous; those that were one tensor in ``state`` are one in the result.
+    @overload
+    def apply(self, target: Mapping[str, torch.Tensor], *, strict: bool = True) -> dict[str, torch.Tensor]: ...
+
+    def apply(
+        self,
+        target: nn.Module | Mapping[str, torch.Tensor],
+        example_inputs: Any = None,
+        *,
+        reference: nn.Module | None = None,
+        strict: bool = True,
+    ) -> nn.Module | dict[str, torch.Tensor]:
+        """Return a module, in its own class, or a state dict of the input model without what the plan removes.
+
+        Of a *state dict*, tensors that the plan does not shrink are passed through. Sliced tensors are new and
+        contiguous; those that were one tensor in ``target`` are one in the result.
+
+        Of a *module* a deep copy is returned; the module itself is not changed. Parameters and buffers are sliced,
+        shared ones stay shared, and the numbers that the module and its layers keep as attributes (``out_channels``,
+        ``groups``, ``num_heads``, ``head_dim``, split sizes, ...) follow, wherever the module's own code needs them to:
+        the copy is run beside the pruned graph, call by call, and the number that was read last before a difference
+        is set right. Numbers that are no sizes, such as an attention's scale, stay what they were. Where a fused
+        attention has no argument for its scale and the class has a switch to do without it, that is used. So the
+        result computes, to round-off, what the pruned graph of the module does; it is compared with it, and that with
+        the module whose removed indices are masked. Parameters of the result have the names that they had; the
+        state dict that the plan makes of the module's can be loaded into it.
+
+        The *values* are those of ``reference``, where it has all of the result's parameters and buffers under their
+        names, which takes along what a pass, or fine-tuning, did to them. Without one they are those of
+        ``optimize(...).module`` as it is now, as long as it exists and ``target`` is the very model that was
+        optimised, not written to since; otherwise they are the module's own.
+
+        Args:
+            target: the input model or another of its architecture, or a state dict of one.
+            example_inputs: for a module, as for :func:`graphopt.optimize`; not needed for the plan that it returned.
+            reference: for a module, the smaller model to take values from and to compare with.
+            strict: for a state dict, refuse one that lacks tensors which the plan shrinks.
 
         Raises:
-            PipelineError: a tensor has another shape than in the input model, or (``strict``) is missing.
+            PlanError: the module cannot be copied; the plan is another model's; or the module's code has a size written
+                into it. The message says in which module and line, and which size is wanted there.
+            CaptureError: the module could not be captured.
+            PipelineError: a tensor of a state dict is missing (``strict``), or has another shape than in the model.
         """
+        if isinstance(target, nn.Module):
+            return self._applied(target, example_inputs, reference)
+        if example_inputs is not None or reference is not None:
+            raise PipelineError("example_inputs and reference are for modules; a state dict needs neither")
+        return self._sliced_all(target, strict)
+
+    def _applied(self, module: nn.Module, example_inputs: Any, reference: nn.Module | None) -> nn.Module:
+        if self.origin is not None:
+            example_inputs = self.origin.inputs if example_inputs is None else example_inputs
+            reference = self.origin.result_for(module) if reference is None else reference
+        return Plan.shrink(module, self.keep, example_inputs, reference)
+
+    def _sliced_all(self, state: Mapping[str, torch.Tensor], strict: bool) -> dict[str, torch.Tensor]:
         missing = self.keep.keys() - state.keys() - self.transient
         if strict and missing:
             raise PipelineError(
@@ -283,6 +378,12 @@ class Plan:
                 f"the plan in {path} contradicts itself ({error}); save it again with Plan.save"
             ) from error
         return cls(keep, shapes, aliases, transient)
+
+
+def _stamps(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return where each tensor of a module is and how often it was written to."""
+    tensors = model.state_dict(keep_vars=True).items()
+    return {name: (t.data_ptr(), t._version) for name, t in tensors if isinstance(t, torch.Tensor) and t.data_ptr()}
 
 
 def _dimension(text: str) -> int:

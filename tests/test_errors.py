@@ -23,6 +23,7 @@ def test_docstring_states_every_class_with_its_exit_code() -> None:
     ("cls", "code"),
     [
         (errors.PipelineError, 2),
+        (errors.PlanError, 2),
         (errors.BudgetError, 2),
         (errors.MissingDependencyError, 2),
         (errors.CaptureError, 3),

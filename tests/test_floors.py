@@ -18,6 +18,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"axes", "aliases", "moments", "sweep"}),
     frozenset({"dialects", "plan", "importance", "cost"}),
     frozenset({"capture", "report", "rewrite", "editing", "verify", "allocation"}),
+    frozenset({"shrink"}),
     frozenset({"pipeline"}),
     frozenset({"passes"}),
     frozenset({"targets"}),

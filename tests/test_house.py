@@ -27,6 +27,7 @@ PUBLIC = {
     "PassError",
     "Pipeline",
     "PipelineError",
+    "PlanError",
     "Plan",
     "UnsupportedOperatorError",
     "VerificationError",

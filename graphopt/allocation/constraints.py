@@ -145,9 +145,7 @@ class Constraints:
         """Return the positions of the groups that any pattern matches."""
         found: set[int] = set()
         for pattern in patterns:
-            matches = {
-                i for i, names in enumerate(called) if any(pattern == n or fnmatchcase(n, pattern) for n in names)
-            }
+            matches = {i for i, names in enumerate(called) if any(_matches(n, pattern) for n in names)}
             if not matches and called and pattern != "*":
                 nearest = nearest_name(pattern, {name for names in called for name in names})
                 hint = f"; did you mean '{nearest}'?" if nearest else ""
@@ -157,6 +155,11 @@ class Constraints:
                 )
             found |= matches
         return frozenset(found)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Match a shell wildcard, also one whose brackets are those of a dimension: ``blocks.*.qkv.weight[0]``."""
+    return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(name, pattern.replace("[", "[[]"))
 
 
 def _count(bound: float, size: int) -> float:

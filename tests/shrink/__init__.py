@@ -1,0 +1,1 @@
+"""Test modules that are given back in their own class."""
