@@ -143,7 +143,7 @@ def optimize(
     """
     _check_options(budget, verify, seed, steps)
     chosen = find_target(target)
-    passes = _pipeline(chosen, budget, pipeline, calibration is not None)
+    passes = _pipeline(chosen, budget, pipeline, calibration is not None and finetune is None)
     passes = _stepped(passes, steps, finetune)
     folder = _folder(output)
     clock = _Clock()

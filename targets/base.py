@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from graphopt.errors import LoweringError, MissingDependencyError
 from graphopt.graph import Graph
+from graphopt.targets import recipes
 from graphopt.verify import Difference
 
 if TYPE_CHECKING:
@@ -100,16 +101,13 @@ class Target(ABC):
     check: bool = True
 
     def pipeline(self, budget: Any, calibration: bool = False) -> str:
-        """Return the passes that run by default, in a pipeline's textual form.
-
-        The caller's own pipeline takes their place.
+        """Return the passes that run by default, in a pipeline's textual form; the caller's own take their place.
 
         Args:
             budget: the budget asked for, or ``None`` where only lossless passes may run.
-            calibration: there is data to calibrate on.
+            calibration: there is data to calibrate on, and no training follows.
         """
-        del calibration
-        return "" if budget is None else "prune-channels"
+        return recipes.deployment(budget, calibration)
 
     @abstractmethod
     def lower(self, graph: Graph, directory: Path | None = None) -> Lowered:

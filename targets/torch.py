@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 import graphopt.targets.program as programs
 from graphopt.graph import Graph
+from graphopt.targets import recipes
 from graphopt.targets.base import Lowered, Target, staged
 
 FILE = "model.pt2"
@@ -26,6 +27,9 @@ class TorchTarget(Target):
 
     name: ClassVar[str] = "torch"
     needs_values: ClassVar[bool] = False
+
+    def pipeline(self, budget: Any, calibration: bool = False) -> str:
+        return recipes.training(budget, calibration)
 
     def lower(self, graph: Graph, directory: Path | None = None) -> Lowered:
         if directory is None:

@@ -75,7 +75,7 @@ def fragment(report: Account) -> str:
         _left_alone(report.left_alone),
         _frozen(report),
         _unknown(report),
-        _verification([c for each in report.passes for c in each.comparisons] + report.comparisons),
+        _verification(report.compared),
         _passes(report),
         _notes(report),
         _footer(report),
@@ -198,19 +198,20 @@ def _unknown(report: Account) -> str:
     return _section("Operators without an axis rule", intro + _table(("operator", "where"), rows)) if rows else ""
 
 
-def _verification(comparisons: Sequence[Comparison]) -> str:
+def _verification(comparisons: Sequence[tuple[str, Comparison]]) -> str:
     rows = [
         (
+            escape(name),
             escape(c.subject),
             escape(c.inputs),
             _number(f"<span class={'good' if c.passed else 'bad'}>{c.relative:.1e}</span>"),
             _number("measured" if c.allowed is None else f"{c.allowed:.0e}"),
             escape(c.precision),
         )
-        for c in comparisons
+        for name, c in comparisons
     ]
     intro = "<p class=soft>Largest difference of an output, over its largest value.</p>"
-    columns = ("compared", "on", "#difference", "#allowed", "in")
+    columns = ("after", "compared", "on", "#difference", "#allowed", "in")
     return _section("How it was verified", intro + _table(columns, rows)) if rows else ""
 
 

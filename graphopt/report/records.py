@@ -280,6 +280,12 @@ class Account:
         return [(name, site) for (name, _), site in found.items()]
 
     @property
+    def compared(self) -> list[tuple[str, Comparison]]:
+        """All comparisons, each with the name of the pass after which it was made, "" for those at the end."""
+        inside = [(each.name, found) for each in self.passes for found in each.comparisons]
+        return inside + [("", found) for found in self.comparisons]
+
+    @property
     def changed(self) -> bool:
         """Say whether any pass changed anything."""
         return any(each.changed for each in self.passes)

@@ -67,9 +67,8 @@ def report_parts(report: Account) -> Iterator[RenderableType]:
         yield _left_alone(report.left_alone)
     if report.frozen:
         yield frozen_table(report.frozen)
-    comparisons = [c for each in report.passes for c in each.comparisons] + report.comparisons
-    if comparisons:
-        yield _verification(comparisons)
+    if report.compared:
+        yield _verification(report.compared)
     notes = [*report.notes, *(note for each in report.passes for note in each.notes)]
     if notes:
         yield bullets("Notes", notes)
@@ -182,12 +181,19 @@ def frozen_table(rows: Iterable[FrozenRow]) -> RenderableType:
     return Group(drawn, Text.from_markup(f"  [dim]and {plural(rest, 'reason')} more[/]")) if rest > 0 else drawn
 
 
-def _verification(comparisons: Sequence[Comparison]) -> Table:
+def _verification(comparisons: Sequence[tuple[str, Comparison]]) -> Table:
+    alike: dict[Any, list[tuple[str, Comparison]]] = {}
+    for name, each in comparisons:
+        alike.setdefault((each.subject, each.inputs, each.precision, each.allowed), []).append((name, each))
     drawn = table("compared", "on", "difference", "allowed", "in", title="Verification")
-    for each in comparisons:
-        difference = f"[green]{each.relative:.1e}[/]" if each.passed else f"[red]{each.relative:.1e}[/]"
-        allowed = f"{each.allowed:.0e}" if each.allowed is not None else "[dim]measured[/]"
-        drawn.add_row(escape(each.subject), escape(each.inputs), difference, allowed, each.precision)
+    for found in alike.values():
+        name, worst = max(found, key=lambda item: (not item[1].passed, item[1].relative))
+        subject = worst.subject
+        if len(found) > 1:
+            subject += f", {len(found)} times" + (f"; worst after {name}" if name and worst.relative > 0 else "")
+        difference = f"[green]{worst.relative:.1e}[/]" if worst.passed else f"[red]{worst.relative:.1e}[/]"
+        allowed = f"{worst.allowed:.0e}" if worst.allowed is not None else "[dim]measured[/]"
+        drawn.add_row(escape(subject), escape(worst.inputs), difference, allowed, worst.precision)
     return drawn
 
 
