@@ -536,16 +536,14 @@ def _warnings(report: Report, outcome: Outcome, budget: Budget | None) -> list[s
             found.append(f"{record.name} left {name} alone: changing it gave a wrong model ({why}). {mistake}")
         if record.left_out:
             found.append(f"{record.name} was left out: {record.left_out}. {mistake}")
-    if not report.changed:
-        if not report.pipeline:
-            found.append(
-                f"nothing was done: without a budget only lossless passes run, and there are none for the target "
-                f"'{report.target}' yet. Give a budget, such as budget=graphopt.Budget(flops=0.5)"
-            )
-        elif any(record.name.startswith("prune") for record in outcome.records):
+    if any(record.name.startswith("prune") for record in outcome.records):
+        if not report.groups:
             found.append("nothing was pruned: the model costs no more than the budget allows as it is")
-        else:
-            found.append("no pass changed anything")
+    elif not report.changed:
+        found.append(
+            "nothing was done: the passes found nothing to do, and without a budget nothing is pruned. Give one, such "
+            "as budget=graphopt.Budget(flops=0.5)"
+        )
     for line in report.budget:
         if not line.met:
             found.append(

@@ -13,7 +13,7 @@ __all__ = ["deployment", "training"]
 CLEAN: Final = ("remove-identities{trainable=true}", "merge-duplicates")
 """Before pruning: fewer operators to look at. What acts in training stays, for there may be some between the steps."""
 
-FREE: Final = ("remove-constant-channels", "split-parallel")
+FREE: Final = ("split-parallel",)
 """Before pruning, for deployment: channels that cost nothing to lose go first, and packed widths become free of each
 other. Both need what later passes take away: batch norms, and the parts of a packed result."""
 
@@ -29,7 +29,7 @@ FINISH: Final = (
 )
 """After pruning, for deployment. Batch norms are folded before branches are summed and maps in a row are multiplied,
 for only then are those next to each other. Not before pruning: on small networks trained on digits, magnitudes tell
-less about channels once batch norms are folded into them, and a refit recovers less (``benchmarks/digits_order.py``)."""
+less about channels once batch norms are folded into them, and a refit recovers less (`benchmarks/digits_order.py`)."""
 
 
 def training(budget: Any, calibration: bool) -> str:
