@@ -13,7 +13,7 @@ __all__ = ["deployment", "training"]
 CLEAN: Final = ("remove-identities{trainable=true}", "merge-duplicates")
 """Before pruning: fewer operators to look at. What acts in training stays, for there may be some between the steps."""
 
-FREE: Final = ("split-parallel",)
+FREE: Final = ("remove-constant-channels", "split-parallel")
 """Before pruning, for deployment: channels that cost nothing to lose go first, and packed widths become free of each
 other. Both need what later passes take away: batch norms, and the parts of a packed result."""
 
