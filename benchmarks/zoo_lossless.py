@@ -27,7 +27,8 @@ from rich.table import Table
 
 LIMIT = 1e-10
 PIPELINE = (
-    "remove-identities,fold-constants,merge-duplicates,fold-batch-norm,merge-branches,merge-consecutive,merge-parallel"
+    "remove-identities,fold-constants,merge-duplicates,fold-batch-norm,merge-branches,merge-consecutive,fold-scale,"
+    "merge-parallel"
 )
 
 
