@@ -90,7 +90,7 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _adds_nothing(node: fx.Node) -> bool:
     """Say whether a node adds 0 to a value that no one else reads, as a sum over a list begins."""
-    if node.target is not aten.add.Tensor or len(node.users) > 1:
+    if node.target not in SUMS or len(node.users) > 1:
         return False
     call = Call(node)
     other: Any = call["other"]

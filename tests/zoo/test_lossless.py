@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import lru_cache
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from graphopt.capture import capture
 from graphopt.dialects.aten import infer
 from graphopt.graph import Graph
+from graphopt.passes import RemoveIdentities
 from graphopt.pipeline import Pipeline
 from graphopt.testing import try_pass
 from graphopt.verify import difference, evaluate
@@ -21,8 +23,16 @@ pytestmark = pytest.mark.zoo
 BEFORE_PRUNING = "remove-identities{trainable=true},fold-constants{trainable=true},merge-duplicates"
 """What keeps training intact, and every group free."""
 
-AFTER_PRUNING = "remove-identities,fold-batch-norm,fold-scale,fold-constants,merge-duplicates"
+AFTER_PRUNING = (
+    "remove-identities,fold-batch-norm,merge-branches,merge-consecutive,fold-scale,fold-constants,merge-duplicates,"
+    "merge-parallel"
+)
 """What a deployment wants."""
+
+APART_AND_TOGETHER = "split-parallel,merge-parallel{convolutions=true}"
+"""What makes packed projections free of each other, and packs whatever can be."""
+
+TEXTS = {"before pruning": BEFORE_PRUNING, "after pruning": AFTER_PRUNING, "apart and together": APART_AND_TOGETHER}
 
 
 @lru_cache(maxsize=1)
@@ -33,7 +43,7 @@ def captured_double(name: str) -> Graph:
         return capture(model, cast(ZOO[name].inputs(), torch.float64))
 
 
-@pytest.mark.parametrize("text", [BEFORE_PRUNING, AFTER_PRUNING], ids=["before pruning", "after pruning"])
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_the_same_and_once_is_enough(name: str, text: str) -> None:
     graph = captured_double(name)
@@ -51,3 +61,24 @@ def test_outputs_are_the_same_and_once_is_enough(name: str, text: str) -> None:
         assert len(infer(after).groups) >= len(groups)
         assert len(list(after.nodes)) <= len(list(graph.nodes))
         assert not infer(after).groups or sorted(g.size for g in infer(after).groups)[-1] == max(groups)
+
+
+@pytest.mark.parametrize("name", [p for p in MODELS if p.id in ("repvgg_a2", "mobileone_s1")])
+def test_branches_are_merged_as_their_authors_merge_them(name: str) -> None:
+    """Compare with timm's own re-parameterisation of RepVGG and MobileOne, operator by operator."""
+    from timm.utils.model import reparameterize_model
+
+    graph = captured_double(name)
+    after = graph
+    for each in Pipeline.parse("remove-identities,fold-batch-norm,merge-branches,fold-scale,remove-identities"):
+        after = try_pass(each, after).after
+    model = reparameterize_model(ZOO[name].build().double())
+    theirs = try_pass(RemoveIdentities(), capture(model, cast(ZOO[name].inputs(), torch.float64))).after
+
+    def operators(of: Graph) -> Counter[str]:
+        return Counter(str(node.target).removesuffix("_") for node in of.nodes if node.op == "call_function")
+
+    assert operators(after) == operators(theirs)
+    assert sum(t.numel() for t in after.tensors().values()) == sum(t.numel() for t in theirs.tensors().values())
+    args, kwargs = graph.example_inputs
+    assert difference(evaluate(theirs, args, kwargs), evaluate(after, args, kwargs), double=True).relative <= 1e-10
