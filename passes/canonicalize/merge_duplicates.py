@@ -40,6 +40,7 @@ class MergeDuplicates(Pass):
 
     name: ClassVar[str] = "merge-duplicates"
     preserves: ClassVar[Preserves] = Preserves.EXACT
+    needs_values: ClassVar[bool] = False
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         merging = _Merging(graph, context)
@@ -86,6 +87,8 @@ class _Merging:
     def _is_table(self, node: fx.Node) -> bool:
         tensor = get_attribute(self.graph.module, str(node.target))
         if not isinstance(tensor, torch.Tensor) or isinstance(tensor, nn.Parameter) or node in self.written:
+            return False
+        if tensor.is_meta:  # nothing to compare
             return False
         return not any(MODE in user.meta for user in node.users)  # running statistics: training changes them
 

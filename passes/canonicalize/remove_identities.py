@@ -43,6 +43,7 @@ class RemoveIdentities(Pass):
 
     name: ClassVar[str] = "remove-identities"
     preserves: ClassVar[Preserves] = Preserves.EXACT
+    needs_values: ClassVar[bool] = False
 
     trainable: bool = False
 

@@ -10,9 +10,12 @@ from hypothesis import given, note, settings
 from torch import Tensor, nn
 from torch.nn import functional
 
+import graphopt
 from graphopt.capture import capture
+from graphopt.cost import CostModel
 from graphopt.dialects.aten import infer
-from graphopt.passes import FoldConstants, MergeDuplicates
+from graphopt.passes import FoldConstants, MergeDuplicates, RemoveIdentities
+from graphopt.pipeline import Context
 from graphopt.testing import Trial, try_pass
 from tests.random_graphs import Sample, samples
 
@@ -221,6 +224,17 @@ def test_empty_and_undefined_entries_compare_as_they_are() -> None:
     done = try_pass(MergeDuplicates(), Odd(), torch.randn(3, 2))
     assert [site.name for site in done.applied] == ["e2"]
     assert done.difference() < 1e-12
+
+
+def test_models_without_values_are_taken() -> None:
+    with graphopt.without_weights():
+        model = Twice()
+    graph = capture(model.eval(), torch.randn(3, 4, dtype=torch.float64))
+    assert graph.hollow
+    for each in (RemoveIdentities(), MergeDuplicates()):
+        assert not each.needs_values
+        graph = each.run(graph.clone(), Context(original=CostModel(infer(graph)).cost())).graph
+    assert [str(node.target) for node in graph.nodes].count("aten.linear.default") == 2
 
 
 # -- properties -------------------------------------------------------------------------------------------------------

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from graphopt.capture import capture
+from graphopt.cost import CostModel
 from graphopt.dialects.aten import infer
 from graphopt.graph import Graph
-from graphopt.passes import RemoveIdentities
-from graphopt.pipeline import Pipeline
+from graphopt.passes import RemoveConstantChannels, RemoveIdentities
+from graphopt.pipeline import Context, Pipeline
+from graphopt.rewrite import rewrite
 from graphopt.testing import try_pass
 from graphopt.verify import difference, evaluate
+from tests.passes.test_remove_constant_channels import silence
 from tests.zoo import ZOO, cast, in_float64, quiet
 from tests.zoo.captured import MODELS
 
@@ -61,6 +64,22 @@ def test_outputs_are_the_same_and_once_is_enough(name: str, text: str) -> None:
         assert len(infer(after).groups) >= len(groups)
         assert len(list(after.nodes)) <= len(list(graph.nodes))
         assert not infer(after).groups or sorted(g.size for g in infer(after).groups)[-1] == max(groups)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_silent_channels_go_without_a_trace(name: str) -> None:
+    """Put zeros in three of ten rows and scales and in two of ten columns, and remove what that made superfluous."""
+    model = silence(ZOO[name].build(), seed=0)
+    with quiet(), in_float64():
+        graph = capture(model, cast(ZOO[name].inputs(), torch.float64))
+    args, kwargs = graph.example_inputs
+    context = Context(original=CostModel(infer(graph)).cost())
+    result = RemoveConstantChannels().run(graph.clone(), context)
+    assert context.sites
+    if result.removal is not None:
+        after = rewrite(result.removal.typing, result.removal.keep)
+        expected = evaluate(graph, args, kwargs)
+        assert difference(expected, evaluate(after, args, kwargs), double=True).relative <= 1e-10
 
 
 @pytest.mark.parametrize("name", [p for p in MODELS if p.id in ("repvgg_a2", "mobileone_s1")])
