@@ -544,12 +544,13 @@ def _solve(typer: Typer, operators: Mapping[Any, Operator]) -> Typing:
 def _least(axis: Axis, count: int) -> Iterable[tuple[Atom, int]]:
     """Yield how many indices of each atom suffice that ``axis`` keeps ``count`` positions.
 
-    Of a product one factor shrinks, the largest; of a concatenation the largest part must stay first.
+    Of a product one factor shrinks, the largest that may; of a concatenation the largest part must stay first.
     """
     if isinstance(axis, Atom):
         yield axis, count
     elif isinstance(axis, Product) and axis.factors:
-        largest = max(axis.factors, key=lambda factor: factor.size)
+        able = [factor for factor in axis.factors if not algebra.is_frozen(factor)]
+        largest = max(able or axis.factors, key=lambda factor: factor.size)
         yield from _least(largest, -(-count * largest.size // axis.size))
         for factor in axis.factors:
             if factor is not largest:

@@ -262,6 +262,45 @@ def test_positions_that_are_used_in_another_way_keep_experts_whole(make: Callabl
     assert any("up[2]" in {str(p) for p in g.places} for g in typing.groups) or make is Shifted
 
 
+class Separate(nn.Module):
+    """Experts that are modules of their own, in a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(4, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, chosen = self.router(x).softmax(-1).topk(2, dim=-1)
+        found = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            found = found + (values * (chosen == number)).sum(-1, keepdim=True) * expert(x)
+        return found
+
+
+def test_experts_that_are_modules_lose_width_alone() -> None:
+    typing = check(Separate(), (ROWS,), [(OTHERS,)]).typing
+    assert [g.name for g in typing.groups] == [f"experts.{number}.0.weight[0]" for number in range(3)]
+    assert reasons(typing, "router.weight", 0) == {"aten.eq.Scalar uses positions of it"}
+
+
+class InTeams(Looked):
+    """Rows choose teams of experts first, then among the experts of these."""
+
+    def mixed(self, x: Tensor, scores: Tensor) -> Tensor:
+        teams = scores.view(-1, 3, self.experts // 3)
+        best = teams.topk(1, dim=-1).values.sum(-1).topk(2, dim=-1).indices
+        allowed = torch.zeros_like(teams[..., 0]).scatter(1, best, 1.0).unsqueeze(-1).expand_as(teams)
+        return super().mixed(x, scores.masked_fill(allowed.reshape(scores.shape) == 0, -1e9))
+
+
+def test_whole_teams_of_experts_go() -> None:
+    typing = check(InTeams(9), (ROWS,), [(OTHERS,)]).typing
+    group = experts_of(typing)
+    assert (group.size, group.least) == (3, 2)
+    assert {"up[0]", "down[0]", "router.weight[0]"} <= {str(place) for place in group.places}
+
+
 def test_largest_entries_without_their_positions_stay_whole() -> None:
     class Strongest(nn.Module):
         def __init__(self) -> None:
