@@ -351,7 +351,7 @@ def _weight_operand(node: fx.Node, origins: Mapping[fx.Node, str | None]) -> fx.
     elif node.target in _PRODUCTS or node.target is aten.addmm.default:
         first, second = node.args[-2:]
         found = second if isinstance(second, fx.Node) and origins[second] is not None else first
-    elif node.target in _OTHERS:
+    elif _is_other(node):
         found = next((n for n in node.all_input_nodes if origins[n] is not None), None)
     else:
         return None
@@ -360,11 +360,11 @@ def _weight_operand(node: fx.Node, origins: Mapping[fx.Node, str | None]) -> fx.
 
 def _read(graph: Graph, node: fx.Node, operand: fx.Node, origin: str) -> Consumer | Refusal:
     """Return the layer that ``node`` is, whose weight is ``operand`` and follows from the parameter ``origin``."""
+    if _is_other(node):
+        return Refusal(node, origin, f"{_words(node)} is an operator that this pass does not take apart")
     traced = _stored(operand)
     if traced is None:
         return Refusal(node, origin, f"the weight of {node.name} is computed by {operand.name}, and is no parameter")
-    if node.target in _OTHERS:
-        return Refusal(node, origin, f"{_words(node)} is an operator that this pass does not take apart")
     weight, turned = traced
     if operand is node.args[0] and node.target in _PRODUCTS:
         return Refusal(
@@ -387,6 +387,11 @@ def _read(graph: Graph, node: fx.Node, operand: fx.Node, origin: str) -> Consume
             node, weight, f"the bias of {node.name} is computed by {bias.name} and is no parameter by itself"
         )
     return Consumer(node, weight, turned, name)
+
+
+def _is_other(node: fx.Node) -> bool:
+    """Say whether a node multiplies in another way than a layer: a contraction of its own, or experts side by side."""
+    return node.target in _OTHERS or "grouped_mm" in str(node.target)
 
 
 def _stored(node: fx.Node) -> tuple[str, bool] | None:

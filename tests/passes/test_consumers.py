@@ -173,3 +173,22 @@ def test_a_bias_is_given_and_taken(make: Callable[[], nn.Module]) -> None:
     with_bias.without_bias(graph)
     graph.module.recompile()
     assert (graph.text(), set(graph.module.state_dict())) == (text, names)
+
+
+class Experts(nn.Module):
+    """Experts side by side in one weight, each applied to the rows that are sorted to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 16, 8, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        return torch._grouped_mm(x, self.weight, offs=ends)
+
+
+def test_experts_side_by_side_are_refused() -> None:
+    inputs = torch.randn(4, 16, dtype=torch.bfloat16), torch.tensor([2, 4], dtype=torch.int32)
+    found, (refused,) = find_consumers(capture(Experts(), inputs))
+    assert not found
+    assert refused.tensor == "weight"
+    assert "is an operator that this pass does not take apart" in refused.reason
