@@ -106,7 +106,7 @@ def test_what_is_deployed_has_nothing_left_to_compute_beforehand(model: Block, b
 
 
 def test_the_plan_speaks_of_the_caller_s_model(model: Block) -> None:
-    result = graphopt.optimize(model, images(), budget=HALF, target=Files())
+    result = graphopt.optimize(model, images(), budget=graphopt.Budget(params=0.3), target=Files())
     small = result.plan.apply(model.state_dict())
     assert result.plan.keep.keys() <= model.state_dict().keys()
     widths = {small[f"{name}.{part}"].shape[0] for name in ("wide_norm", "point_norm") for part in ("weight", "bias")}
