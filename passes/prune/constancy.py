@@ -202,7 +202,7 @@ def _operand(graph: Graph, value: Any, dim: int, rank: int, size: int, found: Co
         return _unknown(size)
     own = dim - (rank - len(spec.shape))
     if value.op == "get_attr" and prod(spec.shape) == 1:
-        return _operand(graph, float(graph.tensor(str(value.target))), dim, rank, size, found)
+        return _operand(graph, float(graph.tensor(str(value.target)).detach()), dim, rank, size, found)
     known = found[value].get(own) if own >= 0 else None
     return known if known is not None and len(known.known) == size else _unknown(size)
 

@@ -136,6 +136,17 @@ def test_channels_of_zero_leave_every_other_number_alone(padding: int) -> None:
     assert moved(trial) < 1e-15
 
 
+class Gain(nn.Module):
+    """Multiply by one number that is learnt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) * self.gain
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "in place": lambda x: functional.relu(x, inplace=True),
@@ -145,6 +156,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": functional.hardswish,
     "chain": lambda x: functional.max_pool2d(functional.dropout(2 * torch.tanh(x) - 0.3, 0.1, False), 1) * x,
     "moved and back": lambda x: x.permute(0, 2, 3, 1).clamp(-1, 1).permute(0, 3, 1, 2),
+    "scaled by one parameter": Gain(),
     "gated by itself": lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True)),
     "split and joined": lambda x: torch.cat([part.exp() for part in x.chunk(2, 1)], 1),
 }
