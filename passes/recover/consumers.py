@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from graphopt.dialects.aten import infer
 from graphopt.editing import add_tensor, find_tensor, insert, read, readers, remove_tensor, replace, replace_tensor
 from graphopt.errors import PipelineError
 from graphopt.graph import Call, Graph, tensor_spec
@@ -27,6 +28,7 @@ from graphopt.sweep import Inputs, Sweep, lockstep
 
 if TYPE_CHECKING:
     from graphopt.axes.algebra import Indices
+    from graphopt.axes.infer import Typing
     from graphopt.pipeline import Context, Reference
     from graphopt.plan import Plan
 
@@ -453,6 +455,8 @@ class Layer:
         inputs: The positions of the dense input's channels that are left; None for all.
         outputs: The same of the output's channels.
         kept: The positions of the dense weight that are left, by dimension.
+        rows: Of the dense input's and of the dense output's other dimensions, the positions that are left: a layer that
+            mixes tokens is applied once a channel, and channels may be gone.
     """
 
     name: str
@@ -461,6 +465,7 @@ class Layer:
     inputs: Tensor | None
     outputs: Tensor | None
     kept: Mapping[int, Indices]
+    rows: tuple[Mapping[int, Tensor], Mapping[int, Tensor]] = ({}, {})
 
     @property
     def width(self) -> int:
@@ -491,13 +496,19 @@ class Layer:
             Two tensors ``(samples, outputs)``: the dense output, and the dense less the pruned output.
         """
         if right is None:
-            inputs = (_select(x, self.dense.channel, self.inputs) for x in left.values(self.dense.input))
+            inputs = (self._left(x, self.inputs, self.rows[0]) for x in left.values(self.dense.input))
             found: Iterator[Tensor] = (self.pruned.applied(x, graph) for x in inputs)
         else:
             found = self.pruned.results(right)
         for y, less in zip(self.dense.results(left), found, strict=True):
-            expected = self.dense.samples(_select(y, self.dense.channel, self.outputs))
+            expected = self.dense.samples(self._left(y, self.outputs, self.rows[1]))
             yield expected, expected - self.pruned.samples(less)
+
+    def _left(self, value: Tensor, channels: Tensor | None, rows: Mapping[int, Tensor]) -> Tensor:
+        """Return what pruning left of a value that the dense layer reads or yields."""
+        for dim, kept in rows.items():
+            value = _select(value, dim, kept)
+        return _select(value, self.dense.channel, channels)
 
 
 def paired(graph: Graph, reference: Reference) -> tuple[dict[str, Layer], list[Refusal]]:
@@ -508,6 +519,7 @@ def paired(graph: Graph, reference: Reference) -> tuple[dict[str, Layer], list[R
     refused = [each for each in refused if each.tensor in lost]
     reads = Counter(each.weight for each in after.values())
     layers: dict[str, Layer] = {}
+    typing = infer(reference.graph)
     for name, pruned in after.items():
         dense = before.get(name)
         if dense is None or dense.weight != pruned.weight or dense.node.target is not pruned.node.target:
@@ -520,8 +532,16 @@ def paired(graph: Graph, reference: Reference) -> tuple[dict[str, Layer], list[R
             why = f"pruning should leave {name} with {sizes[0]} inputs and outputs, and left it with {sizes[1]}"
             refused.append(Refusal(pruned.node, pruned.weight, why))
             continue
+        rows = tuple(
+            _rows_left(reference, typing, *pair, dense.channel)
+            for pair in ((dense.input, pruned.input), (dense.node, pruned.node))
+        )
+        if rows[0] is None or rows[1] is None:
+            why = f"indices along which {name} is applied were removed, and not as those of a single parameter"
+            refused.append(Refusal(pruned.node, pruned.weight, why))
+            continue
         label = pruned.weight if reads[pruned.weight] == 1 else f"{pruned.weight} in {name}"
-        layers[name] = Layer(label, dense, pruned, inputs, outputs, lost.get(dense.weight, {}))
+        layers[name] = Layer(label, dense, pruned, inputs, outputs, lost.get(dense.weight, {}), (rows[0], rows[1]))
     return layers, refused
 
 
@@ -533,6 +553,31 @@ def _width(layer: Consumer, inputs: Tensor | None, outputs: Tensor | None) -> tu
         for node, kept in zip(nodes, (inputs, outputs), strict=True)
     )
     return first, second
+
+
+def _rows_left(
+    reference: Reference, typing: Typing, dense: fx.Node, pruned: fx.Node, channel: int
+) -> dict[int, Tensor] | None:
+    """Return the positions left of the dimensions other than the channels that lost some; None where none can tell.
+
+    Such a dimension has the axis of the parameter that made it, and that parameter's positions are in the plan.
+    """
+    before, after = tensor_spec(dense).shape, tensor_spec(pruned).shape
+    found: dict[int, Tensor] = {}
+    for dim, (size, left) in enumerate(zip(before, after, strict=True)):
+        if dim == channel % len(before) or size == left:
+            continue
+        places = (
+            reference.plan.keep[name][d]
+            for name, axes in typing.tensors.items()
+            for d, axis in enumerate(axes)
+            if axis == typing.axes(dense)[dim] and d in reference.plan.keep.get(name, {})
+        )
+        kept = next(places, None)
+        if kept is None or len(kept) != left:
+            return None
+        found[dim] = torch.from_numpy(kept)
+    return found
 
 
 def _kept(dense: Consumer, plan: Plan) -> tuple[Tensor | None, Tensor | None]:

@@ -17,8 +17,9 @@ from graphopt.capture import capture
 from graphopt.dialects.aten import infer
 from graphopt.errors import PipelineError
 from graphopt.graph import Graph
-from graphopt.passes import CompensateMean
+from graphopt.passes import CompensateMean, RidgeRefit
 from graphopt.pipeline import Reference
+from graphopt.sweep import Sweep
 from graphopt.testing import Trial, damaged, pruned, try_pass
 from graphopt.verify import difference, evaluate
 from tests.passes.test_prune_channels import Generated, layers
@@ -231,6 +232,44 @@ def test_zero_padding_is_approximate_and_says_so() -> None:
         left = reference.graph.run(x) - trial.after.run(x)
     best = missing - missing.mean((0, 2, 3), keepdim=True)  # no constant leaves less
     torch.testing.assert_close(left, best)
+
+
+class Mixer(nn.Module):
+    """Mixes tokens, once for every channel; some channels are constant, and some of what is hidden in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.make, self.up, self.down, self.head = nn.Linear(3, 4), nn.Linear(5, 6), nn.Linear(6, 5), nn.Linear(4, 2)
+        with torch.no_grad():
+            for layer in (self.make, self.up):
+                layer.weight[:2] = 0
+            self.up.bias[:2] = torch.tensor([1.0, 2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.make(x)
+        return self.head(x + self.down(torch.relu(self.up(x.transpose(1, 2)))).transpose(1, 2))
+
+
+@pytest.mark.parametrize("each", [CompensateMean(), CompensateMean(propagate=False), RidgeRefit(ridge=0)])
+def test_channels_are_gone_along_which_another_layer_is_applied(each: Any) -> None:
+    torch.manual_seed(3)
+    x, other = torch.randn(9, 5, 3).double(), torch.randn(4, 5, 3).double()
+    graph = capture(Mixer().double(), x)
+    small, reference = cut(graph, {"make.weight[0]": [1, 2, 3], "up.weight[0]": [2, 3, 4, 5]})
+    trial = try_pass(each, small, calibration=[x], reference=reference)
+    assert {site.name for site in trial.applied} >= {"down.weight"}
+    assert [site.name for site in trial.applied if site.facts["samples"] == 9 * 3] == ["down.weight"]
+    assert trial.again().unchanged
+    # What is hidden is constant where it was removed, so all that is left of the tokens is mixed as before.
+    mixed = [values_of(g, other, "linear_2") for g in (reference.graph, trial.after)]
+    torch.testing.assert_close(mixed[0][:, 1:], mixed[1], rtol=1e-9, atol=1e-9)
+
+
+def values_of(graph: Graph, x: Tensor, name: str) -> Tensor:
+    """Return what a node yields."""
+    sweep = Sweep(graph, [((x,), {})])
+    (found,) = (sweep.results(node)[0] for node in sweep if node.name == name)
+    return found
 
 
 class Joined(nn.Module):
