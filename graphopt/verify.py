@@ -35,10 +35,11 @@ A table of small entries that lost its tie with the rest may change an output by
 """
 
 
-MADE = 64
-"""How many units of round-off of its own type a tensor that a pass made may move the outputs by, relative.
+MADE = {4: 64, 2: 8}
+"""How many units of round-off of its own type a tensor that a pass made may move the outputs by, relative, by bytes.
 
-A product of two weights is rounded to their type as it is stored. Computing in float64 does not take that back.
+A product of two weights is rounded to their type as it is stored. Computing in float64 does not take that back. Of half
+precision few units are allowed, for they are coarse: 0.008 for float16, 0.06 for bfloat16.
 """
 
 
@@ -104,14 +105,14 @@ def equivalence(
         found = difference(expected, evaluate(after, args, kwargs, double=each), double=each)
         if found.relative <= ROUNDING:
             break
-    return replace(found, rounding=MADE * _unit_of_made(before, after))
+    return replace(found, rounding=_rounding_of_made(before, after))
 
 
-def _unit_of_made(before: Graph, after: Graph) -> float:
-    """Return the coarsest unit of round-off of the tensors that only ``after`` holds."""
+def _rounding_of_made(before: Graph, after: Graph) -> float:
+    """Return how far the rounding of the tensors that only ``after`` holds may move the outputs."""
     known = {id(tensor) for tensor in before.tensors().values()}
-    made = [t for t in after.tensors().values() if id(t) not in known and t.is_floating_point()]
-    return max((torch.finfo(tensor.dtype).eps for tensor in made), default=0.0)
+    made = {t.dtype for t in after.tensors().values() if id(t) not in known and t.is_floating_point()}
+    return max((MADE.get(dtype.itemsize, 0) * torch.finfo(dtype).eps for dtype in made), default=0.0)
 
 
 def _masked_difference(
