@@ -570,7 +570,7 @@ class TestErrors:
 
     def test_every_error_derives_from_one(self) -> None:
         names = [name for name in graphopt.__all__ if name.endswith("Error")]
-        assert len(names) == 9
+        assert len(names) == 10
         assert all(issubclass(getattr(graphopt, name), graphopt.GraphOptError) for name in names)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -28,6 +28,9 @@ from graphopt.shrink.trace import DivergenceError
 from graphopt.verify import ROUNDING, difference, masked_equivalence
 
 __all__ = ["follow", "shrink"]
+
+BIASED: Final = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Layers that run with a bias as they do without one."""
 
 
 def shrink(module: nn.Module, kept: Kept, example_inputs: Any, reference: nn.Module | None = None) -> nn.Module:
@@ -147,13 +150,18 @@ def _sliced(name: str, tensor: torch.Tensor, dims: Mapping[int, Indices]) -> tor
 
 
 def _take_over(small: nn.Module, reference: nn.Module) -> None:
-    """Give a copy the values of a reference, all of them or none."""
+    """Give a copy the values of a reference, all of them or none, and the biases that passes gave to its layers."""
     wanted, there = dict(small.named_parameters()) | dict(small.named_buffers()), reference.state_dict(keep_vars=True)
     there |= dict(reference.named_buffers())
-    if all(name in there and there[name].shape == tensor.shape for name, tensor in wanted.items()):
-        with torch.no_grad():
-            for name, tensor in wanted.items():
-                tensor.copy_(there[name])
+    if not all(name in there and there[name].shape == tensor.shape for name, tensor in wanted.items()):
+        return
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(there[name])
+    for path, part in small.named_modules():
+        bias = there.get(f"{path}.bias")
+        if bias is not None and isinstance(part, BIASED) and part.bias is None:
+            part.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
 
 
 def _prove(small: nn.Module, reference: nn.Module, inputs: Inputs) -> None:
@@ -171,7 +179,11 @@ def _prove(small: nn.Module, reference: nn.Module, inputs: Inputs) -> None:
             part.training = mode
     apart = difference(_leaves(expected), _leaves(found), double=_double(small))
     if not apart.relative <= ROUNDING:
-        raise PlanError(f"{_kind(small)} with the plan applied does not compute what the cut graph does: {apart}")
+        raise PlanError(
+            f"{_kind(small)} with the plan applied does not compute what the smaller model does: {apart}. Passes gave "
+            "that model values that this class has no place for, as where batch norms were folded: optimize for the "
+            "target 'torch', which leaves layers as they are, or use result.module"
+        )
 
 
 def _leaves(value: Any) -> list[torch.Tensor]:

@@ -461,3 +461,41 @@ def test_a_plan_keeps_no_model_alive_and_leaves_its_run_behind() -> None:
     sent = pickle.loads(pickle.dumps(plan))
     assert sent == plan
     assert sent.origin is None
+
+
+class Plain(nn.Module):
+    """Convolutions without biases, a batch norm, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.second, self.head = nn.Conv2d(12, 8, 3, padding=1, bias=False), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.first(x)))
+        scores: Tensor = self.head(torch.relu(self.second(x)).mean((2, 3)))
+        return scores
+
+
+def test_what_a_refit_made_comes_along_with_its_biases() -> None:
+    torch.manual_seed(0)
+    model, images = Plain().eval(), torch.randn(16, 3, 8, 8)
+    budget = graphopt.Budget(flops=0.5)
+    result = graphopt.optimize(
+        model, images, budget=budget, pipeline="prune-channels,ridge-refit", calibration=[images]
+    )
+    assert "second.bias" in result.module.state_dict()
+    small = result.plan.apply(model)
+    assert type(small) is Plain
+    assert small.second.bias is not None
+    assert model.second.bias is None
+    torch.testing.assert_close(small(images), result.module(images))
+
+
+def test_values_without_a_place_in_the_class_are_refused() -> None:
+    torch.manual_seed(0)
+    model, images = Plain().eval(), torch.randn(16, 3, 8, 8)
+    passes = "prune-channels,ridge-refit,fold-batch-norm"
+    result = graphopt.optimize(model, images, budget=graphopt.Budget(flops=0.5), pipeline=passes, calibration=[images])
+    with pytest.raises(graphopt.PlanError, match="gave that model values that this class has no place for"):
+        result.plan.apply(model)
