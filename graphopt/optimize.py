@@ -30,11 +30,19 @@ from graphopt.checkpoint import Checkpoint, Weights
 from graphopt.cost import CostModel
 from graphopt.debugging import Recorder, Reproducer, asked, failure, find_culprit
 from graphopt.dialects.aten import infer
-from graphopt.errors import BudgetError, CaptureError, GraphOptError, LoweringError, PipelineError, unknown_name
+from graphopt.errors import (
+    BudgetError,
+    CaptureError,
+    GraphOptError,
+    LoweringError,
+    PipelineError,
+    PlanError,
+    unknown_name,
+)
 from graphopt.graph import Graph
 from graphopt.importance.calibration import Loss, batches
-from graphopt.passes import FineTune
-from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Verify, observer, watching
+from graphopt.passes import FineTune, PruneChannels
+from graphopt.pipeline import Context, Outcome, Pass, Pipeline, Preserves, Verify, observer, watching
 from graphopt.pipeline import run as run_pipeline
 from graphopt.plan import Origin, Plan
 from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, print_explanation, unknown_rows
@@ -62,6 +70,7 @@ class Result:
         artifacts: The files that were written, by kind.
         report: What was done, what was not, and why.
         graph: The graph that ``module`` runs, with its example inputs, for passes and targets.
+        model: The smaller model in the class of the one that was given; None unless ``own_class`` was asked for.
     """
 
     module: fx.GraphModule = field(repr=False)
@@ -70,6 +79,7 @@ class Result:
     artifacts: Mapping[str, Path]
     report: Report = field(repr=False)
     graph: Graph = field(repr=False)
+    model: Any = field(repr=False, default=None)
 
     def __str__(self) -> str:
         return str(self.report)
@@ -93,6 +103,7 @@ def optimize(
     evaluate: Callable[[Any], float] | None = None,
     finetune: Callable[[Any], object] | None = None,
     steps: int = 1,
+    own_class: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     verify: Verify = "each",
@@ -121,6 +132,8 @@ def optimize(
         finetune: trains a module in place; called after each step of pruning, before layers are merged for deployment.
             Without it, train ``result.module`` yourself.
         steps: in how many steps to prune; each leaves the same share of what it finds.
+        own_class: keep whole what the model's own code could not follow, so that ``result.model`` is a smaller model of
+            the same class (:meth:`Plan.apply`); for modules, and the target "torch".
         checkpoint: where the values are of a model whose parameters are on the meta device: a ``.safetensors`` file,
             the index of a sharded checkpoint, or a folder. They are read a tensor at a time, never all. What runs on
             shapes alone is checked then, not what is computed; with `output` the checkpoint is pruned into it.
@@ -134,6 +147,7 @@ def optimize(
         BudgetError: the budget cannot be met; ``smallest`` says what can.
         PassError: a pass broke off.
         VerificationError: a pass broke its promise, and leaving single groups alone did not help.
+        PlanError: the model's code cannot follow, whatever is kept whole (``own_class``).
         LoweringError: the target cannot take the result, or a file could not be written.
         MissingDependencyError: the target needs a package that is not installed.
 
@@ -145,6 +159,7 @@ def optimize(
     chosen = find_target(target)
     passes = _pipeline(chosen, budget, pipeline, calibration is not None and finetune is None)
     passes = _stepped(passes, steps, finetune)
+    _check_own_class(own_class, model, chosen)
     folder = _folder(output)
     clock = _Clock()
     with _seeded(seed):
@@ -167,6 +182,9 @@ def optimize(
             train=finetune,
             seed=seed,
         )
+        if own_class:
+            with clock("follow the class"):
+                passes = _followed(passes, graph, context, model)
         settings = Reproducer(graph, passes, chosen.name, budget, data, verify, seed)
         with _traces(settings, context, chosen) as reached:
             with clock("passes"):
@@ -196,7 +214,9 @@ def optimize(
     module = outcome.graph.module
     module.train(graph.training)
     plan = replace(outcome.plan, origin=Origin.of(model, inputs[0][1] if inputs else graph.example_inputs, module))
-    return Result(module, lowered.onnx, plan, artifacts, report, outcome.graph)
+    return Result(
+        module, lowered.onnx, plan, artifacts, report, outcome.graph, plan.apply(model) if own_class else None
+    )
 
 
 def inspect(model: Any, example_inputs: Any = None) -> Inspection:
@@ -231,6 +251,60 @@ def explain(model: Any, parameter: str, dim: int, example_inputs: Any = None) ->
         PipelineError: there is no such parameter, or it has no such dimension; the message has the nearest name.
     """
     print_explanation(inspect(model, example_inputs), parameter, dim)
+
+
+def _check_own_class(own_class: Any, model: Any, target: Target) -> None:
+    if not isinstance(own_class, bool):
+        raise PipelineError(f"own_class must be True or False; found {own_class!r}")
+    if own_class and (not isinstance(model, nn.Module) or isinstance(model, fx.GraphModule)):
+        raise PipelineError(f"own_class is for modules with code of their own; found {_name(model)}: leave it out")
+    if own_class and target.name != "torch":
+        raise PipelineError(
+            f"own_class gives a module back, and the target '{target.name}' changes layers beyond what a class can "
+            "follow: optimize for the target 'torch', then result.model for the other one"
+        )
+
+
+def _followed(passes: Pipeline, graph: Graph, context: Context, model: nn.Module) -> Pipeline:
+    """Return the passes with what the model's class could not follow kept whole; training and refits are left out here.
+
+    Raises:
+        PlanError: the class cannot follow, and nothing more can be kept whole.
+        BudgetError: with all that whole, the budget cannot be met.
+    """
+    whole: tuple[str, ...] = ()
+    while True:
+        trial = Pipeline(each for each in passes if each.preserves is not Preserves.APPROXIMATE)
+        try:
+            outcome = run_pipeline(trial, graph, context, inputs=(), verify="off")
+        except BudgetError as error:
+            if whole:
+                error.add_note(f"own_class keeps whole {', '.join(whole)}, which the model's code cannot follow")
+            raise
+        origin = Origin.of(model, graph.example_inputs, outcome.graph.module)
+        try:
+            replace(outcome.plan, origin=origin).apply(model)
+        except PlanError as error:
+            more = tuple(pattern for pattern in error.exclude if pattern not in whole)
+            if not more:
+                raise
+            whole += more
+            passes = _without(passes, more)
+            observer().stage(f"keep {plural(len(whole), 'pattern')} whole, which the class could not follow")
+        else:
+            return passes
+
+
+def _without(passes: Pipeline, whole: tuple[str, ...]) -> Pipeline:
+    """Return the passes with more groups excluded from pruning."""
+
+    def excluding(each: Pass) -> Pass:
+        if not isinstance(each, PruneChannels):
+            return each
+        constraints = each.constraints
+        return replace(each, constraints=replace(constraints, exclude=(*constraints.exclude, *whole)))
+
+    return Pipeline(map(excluding, passes))
 
 
 def _bind(graph: Graph, source: str | os.PathLike[str] | None) -> None:

@@ -61,6 +61,7 @@ def test_signature() -> None:
         "evaluate",
         "finetune",
         "steps",
+        "own_class",
         "checkpoint",
         "output",
         "verify",
@@ -69,7 +70,7 @@ def test_signature() -> None:
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     assert keyword_only == [*parameters][2:]
     defaults = {name: p.default for name, p in parameters.items() if p.default not in (None, inspect.Parameter.empty)}
-    assert defaults == {"target": "torch", "steps": 1, "verify": "each", "seed": 0}
+    assert defaults == {"target": "torch", "steps": 1, "own_class": False, "verify": "each", "seed": 0}
 
 
 class TestResult:
@@ -269,6 +270,8 @@ class TestSteps:
             ({"finetune": print}, "finetune was given, but nothing is pruned"),
             ({"steps": 0}, "steps must be an integer, 1 or above; found 0"),
             ({"steps": True}, "steps must be an integer, 1 or above; found True"),
+            ({"own_class": 1}, "own_class must be True or False; found 1"),
+            ({"own_class": True, "target": "onnx"}, "own_class gives a module back, and the target 'onnx' changes"),
             ({"pipeline": "fine-tune"}, "fine-tune has nothing to call: pass finetune="),
         ],
     )

@@ -499,3 +499,42 @@ def test_values_without_a_place_in_the_class_are_refused() -> None:
     result = graphopt.optimize(model, images, budget=graphopt.Budget(flops=0.5), pipeline=passes, calibration=[images])
     with pytest.raises(graphopt.PlanError, match="gave that model values that this class has no place for"):
         result.plan.apply(model)
+
+
+class Halves(nn.Module):
+    """A gate written for halves of equal size, beside a layer that anything can be taken from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.out = nn.Linear(6, 32), nn.Linear(16, 6)
+        self.up, self.down = nn.Linear(6, 64), nn.Linear(64, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.gate(x)[:, :16], self.gate(x)[:, 16:]
+        hidden: Tensor = self.down(torch.relu(self.up(self.out(value * torch.sigmoid(gate)))))
+        return hidden
+
+
+def test_what_the_class_cannot_follow_is_kept_whole_on_demand() -> None:
+    torch.manual_seed(0)
+    model, x = Halves().eval(), torch.randn(5, 6)
+    budget = graphopt.Budget(params=0.6)
+    with pytest.raises(PlanError):
+        graphopt.optimize(model, x, budget=budget).plan.apply(model)
+    seen: list[int] = []
+    result = graphopt.optimize(model, x, budget=budget, own_class=True, finetune=lambda m: seen.append(1))
+    assert type(result.model) is Halves
+    assert seen == [1]
+    assert result.report.after.params <= 0.6 * result.report.before.params
+    assert result.model.gate.weight.shape == model.gate.weight.shape
+    torch.testing.assert_close(result.model(x), result.module(x))
+    assert "constraints.exclude" in result.report.pipeline
+    with pytest.raises(graphopt.BudgetError) as raised:
+        graphopt.optimize(model, x, budget=graphopt.Budget(params=0.2), own_class=True)
+    assert any("own_class keeps whole gate.weight[0]" in note for note in raised.value.__notes__)
+
+
+def test_own_class_is_for_modules() -> None:
+    graph = capture(Halves().eval(), torch.randn(5, 6))
+    with pytest.raises(PipelineError, match="own_class is for modules with code of their own"):
+        graphopt.optimize(graph, budget=graphopt.Budget(params=0.6), own_class=True)
