@@ -40,7 +40,7 @@ STYLE: Final = """
   padding:5px 12px 5px 0;white-space:nowrap;background:transparent}
 .graphopt td{text-align:left;border-bottom:1px solid var(--line);padding:5px 12px 5px 0;vertical-align:middle;
   background:transparent}
-.graphopt td>code{white-space:nowrap}
+.graphopt td>code,.graphopt td>.name{white-space:nowrap}
 .graphopt .n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .graphopt .good{color:var(--good)}.graphopt .bad{color:var(--bad)}
 .graphopt details{margin:6px 0}.graphopt summary{cursor:pointer;color:var(--soft)}
@@ -148,7 +148,7 @@ def _applied(sites: Sequence[tuple[str, Site]]) -> str:
     for name, site in sites:
         by_pass.setdefault(name, []).append(site)
     rows = [
-        (escape(name), _number(f"{len(found):,}"), _folded(*_told(found, [f"{s.name}: {s.reason}" for s in found])))
+        (_name(name), _number(f"{len(found):,}"), _folded(*_told(found, [f"{s.name}: {s.reason}" for s in found])))
         for name, found in by_pass.items()
     ]
     return _section("What else was done", _table(("pass", "#sites", "where and what"), rows)) if rows else ""
@@ -159,11 +159,16 @@ def _left_alone(sites: Sequence[tuple[str, Site]]) -> str:
     for name, site in sites:
         by_reason.setdefault((name, site.reason), []).append(site)
     rows = [
-        (escape(name), _number(f"{len(found):,}"), _folded(*_told(found, [s.name for s in found])), escape(reason))
+        (_name(name), _number(f"{len(found):,}"), _folded(*_told(found, [s.name for s in found])), escape(reason))
         for (name, reason), found in sorted(by_reason.items(), key=lambda item: -len(item[1]))
     ]
     columns = ("pass", "#sites", "which", "why")
     return _section(f"What was left alone: {plural(len(sites), 'site')}", _table(columns, rows)) if rows else ""
+
+
+def _name(text: str) -> str:
+    """Return the name of a pass, which stays on one line."""
+    return f"<span class=name>{escape(text)}</span>"
 
 
 def _told(sites: Sequence[Site], lines: list[str]) -> tuple[str, list[str]]:
@@ -201,7 +206,7 @@ def _unknown(report: Account) -> str:
 def _verification(comparisons: Sequence[tuple[str, Comparison]]) -> str:
     rows = [
         (
-            escape(name),
+            _name(name),
             escape(c.subject),
             escape(c.inputs),
             _number(f"<span class={'good' if c.passed else 'bad'}>{c.relative:.1e}</span>"),

@@ -72,7 +72,7 @@ class RemoveConstantChannels(Pass):
             what = f"kept {kept} of {plural(group.size, 'index', 'indices')}"
             context.applied(group.name, what, **search.facts(group, gone))
         for group, reason in search.refused.items():
-            if group not in found:
+            if group not in found and search.concerns(group):
                 context.skipped(group.name, reason)
         if not found:
             return PassResult(graph)
@@ -152,6 +152,15 @@ class _Search:
     def candidates(self) -> list[Group]:
         """The groups that layers read, and nothing else does."""
         return [group for group in self.typing.groups if group not in self.refused and self.readers[group]]
+
+    def concerns(self, group: Group) -> bool:
+        """Say whether some weight or scale of the group is zero at some position: only then a refusal matters."""
+        for place in group.places:
+            tensor = self.graph.tensor(place.tensor).detach()
+            zero = ~tensor.movedim(place.dim, 0).reshape(tensor.shape[place.dim], -1).ne(0).any(1)
+            if bool(zero.any()) and not bool(zero.all()):
+                return True
+        return False
 
     def removable(self, groups: Sequence[Group]) -> dict[Group, Indices]:
         """Return the indices that change no output, by group.
