@@ -29,7 +29,8 @@ FINISH: Final = (
 )
 """After pruning, for deployment. Batch norms are folded before branches are summed and maps in a row are multiplied,
 for only then are those next to each other. Not before pruning: on small networks trained on digits, magnitudes tell
-less about channels once batch norms are folded into them, and a refit recovers less (`benchmarks/digits_order.py`)."""
+less about channels once batch norms are folded into them, and where much is removed a refit recovers less
+(`benchmarks/digits_order.py`)."""
 
 
 def training(budget: Any, calibration: bool) -> str:
