@@ -235,12 +235,15 @@ def alone(name: str, folder: Path, gigabytes: float) -> dict[str, Any]:
 def main() -> None:
     """Run the cases, print a table, and write the numbers."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", choices=[*PLANS, *FILES, []], default=[*PLANS, *FILES])
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{', '.join((*PLANS, *FILES))}; all by default")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    unknown = set(options.cases) - {*PLANS, *FILES}
+    if unknown:
+        parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join((*PLANS, *FILES))}")
     results: dict[str, Any] = {}
-    for name in options.cases:
+    for name in options.cases or [*PLANS, *FILES]:
         with tempfile.TemporaryDirectory(prefix="llm-scale-") as scratch:
             if name in FILES:
                 alone("write", Path(scratch), options.gigabytes)
