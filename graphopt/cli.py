@@ -74,6 +74,14 @@ Dynamics = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, and nothing else.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder for files, report and manifest.")]
+PrintAfterChange = Annotated[
+    bool, typer.Option("--print-after-change", help="Print the graph after every pass that changes it, on stderr.")
+]
+StopAfter = Annotated[int | None, typer.Option(min=0, metavar="N", help="Run the first N passes only.")]
+Bisect = Annotated[
+    bool, typer.Option("--bisect", help="If the target cannot take the result, find the pass and the site to blame.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 
 
@@ -90,9 +98,7 @@ def optimize(
         Path | None,
         typer.Option(help="Values of a model that is built without: .safetensors, the index of shards, or a folder."),
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for files, report and manifest.")
-    ] = None,
+    output: Output = None,
     pipeline: Annotated[
         str | None, typer.Option(help="The passes to run: text such as prune-channels{importance=l1}, or a .toml file.")
     ] = None,
@@ -115,14 +121,9 @@ def optimize(
     quiet: Quiet = False,
     time: Annotated[bool, typer.Option("--time", help="Print how long each pass took.")] = False,
     stats: Annotated[bool, typer.Option("--stats", help="Print what each pass did.")] = False,
-    print_after_change: Annotated[
-        bool, typer.Option("--print-after-change", help="Print the graph after every pass that changes it, on stderr.")
-    ] = False,
-    stop_after: Annotated[int | None, typer.Option(min=0, metavar="N", help="Run the first N passes only.")] = None,
-    bisect: Annotated[
-        bool,
-        typer.Option("--bisect", help="If the target cannot take the result, find the pass and the site to blame."),
-    ] = False,
+    print_after_change: PrintAfterChange = False,
+    stop_after: StopAfter = None,
+    bisect: Bisect = False,
     reproducer: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="If something fails, write what graphopt replay needs there.")
     ] = None,
@@ -164,17 +165,10 @@ def optimize(
 @app.command()
 def replay(
     folder: Annotated[Path, typer.Argument(help="A folder that --reproducer wrote.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for files, report and manifest.")
-    ] = None,
-    print_after_change: Annotated[
-        bool, typer.Option("--print-after-change", help="Print the graph after every pass that changes it, on stderr.")
-    ] = False,
-    stop_after: Annotated[int | None, typer.Option(min=0, metavar="N", help="Run the first N passes only.")] = None,
-    bisect: Annotated[
-        bool,
-        typer.Option("--bisect", help="If the target cannot take the result, find the pass and the site to blame."),
-    ] = False,
+    output: Output = None,
+    print_after_change: PrintAfterChange = False,
+    stop_after: StopAfter = None,
+    bisect: Bisect = False,
     quiet: Quiet = False,
 ) -> None:
     """Run again what failed, from the files that --reproducer wrote."""

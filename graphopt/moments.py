@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-__all__ = ["BlockMoments", "CoMoments", "Moments", "rows"]
+__all__ = ["CoMoments", "Moments", "rows"]
 
 _CHUNK: Final = 1 << 22
 """How many entries are turned into float64 at a time."""
@@ -110,6 +110,11 @@ class CoMoments:
             self.scatter, self.means[0].unsqueeze(2), self.means[1].unsqueeze(1), alpha=float(self.count)
         )
 
+    @property
+    def covariance(self) -> Tensor:
+        """The covariances of paired rows (the population's, divided by the count), ``(g, n, m)``."""
+        return self.scatter / max(self.count, 1)
+
     def _take(self, added: int, means: tuple[Tensor, Tensor], scatter: Tensor) -> None:
         count = self.count + added
         if added:
@@ -119,47 +124,6 @@ class CoMoments:
             self.scatter.baddbmm_(gaps[0].unsqueeze(2), gaps[1].unsqueeze(1), alpha=self.count * added / count)
             self.means = (self.means[0] + gaps[0] * (added / count), self.means[1] + gaps[1] * (added / count))
         self.count = count
-
-
-class BlockMoments:
-    """Accumulate means and covariances inside blocks of values: those of a row's p blocks of k values each.
-
-    Attributes:
-        count: How many rows there were.
-        mean: Their mean, ``(p, k)``, float64.
-        scatter: For each block the centred matrix of products, ``(p, k, k)``, float64.
-    """
-
-    def __init__(self, blocks: int, size: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
-        self.mean = torch.zeros(blocks, size, dtype=torch.float64, device=device)
-        self.scatter = torch.zeros(blocks, size, size, dtype=torch.float64, device=device)
-
-    def add(self, values: Tensor) -> None:
-        """Take in rows ``(count, p, k)``."""
-        for part in values.detach().split(max(1, _CHUNK // max(1, self.mean.numel()))):
-            blocks = part.transpose(0, 1).double()
-            mean = blocks.mean(1)
-            centred = blocks - mean.unsqueeze(1)
-            self._take(len(part), mean, centred.mT @ centred)
-
-    def merge(self, other: BlockMoments) -> None:
-        """Take in all that another one has seen."""
-        self._take(other.count, other.mean, other.scatter)
-
-    def _take(self, added: int, mean: Tensor, scatter: Tensor) -> None:
-        count = self.count + added
-        if added:
-            gap = mean - self.mean
-            self.scatter += scatter
-            self.scatter += gap.unsqueeze(2) * gap.unsqueeze(1) * (self.count * added / count)
-            self.mean = self.mean + gap * (added / count)
-        self.count = count
-
-    @property
-    def covariance(self) -> Tensor:
-        """The covariances of each block (the population's, divided by the count), ``(p, k, k)``."""
-        return self.scatter / max(self.count, 1)
 
 
 def _chunks(values: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphopt import moments
-from graphopt.moments import BlockMoments, CoMoments, Moments, rows
+from graphopt.moments import CoMoments, Moments, rows
 
 lengths = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any)
 
@@ -52,16 +52,16 @@ def test_products_are_those_of_all_rows(counts: list[int], offset: float, seed: 
 @given(lengths, st.sampled_from([0.0, 1e4]), st.integers(0, 99))
 def test_blocks_have_the_covariances_of_all_rows(counts: list[int], offset: float, seed: int) -> None:
     values = (drawn(seed, sum(counts), 4, 3) + offset).float()
-    found, first, second = (BlockMoments(4, 3) for _ in range(3))
+    found, first, second = (CoMoments(3, 3, groups=4) for _ in range(3))
     for i, part in enumerate(values.split(counts)):
-        found.add(part)
-        (first if i % 2 else second).add(part)
+        found.add(part.transpose(0, 1))
+        (first if i % 2 else second).add(part.transpose(0, 1))
     first.merge(second)
     for block in range(4):
         exact = torch.cov(values[:, block].double().mT, correction=0)
         torch.testing.assert_close(found.covariance[block], exact, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(first.covariance[block], exact, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found.mean, values.double().mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.means[0], values.double().mean(0), rtol=1e-12, atol=1e-12)
     assert found.count == first.count == sum(counts)
 
 

@@ -259,7 +259,7 @@ class Zeros:
 
     def atoms(self, node: Any) -> Atoms:
         """Return the free atoms of a node's axes."""
-        return _atoms(self._values.get(node)) & self._free
+        return atoms_of(self._values.get(node)) & self._free
 
     def __getitem__(self, node: Any) -> Atoms:
         """Return the atoms that vanish in an operand; a number or an absent operand has none."""
@@ -494,7 +494,8 @@ def _fits(value: Value, spec: Any) -> bool:
     return value is None
 
 
-def _atoms(value: Value) -> Atoms:
+def atoms_of(value: Value) -> Atoms:
+    """Return the atoms that occur in the axes of a value."""
     return frozenset(leaf for axis in _axes_in(value) for leaf in leaves(axis))
 
 

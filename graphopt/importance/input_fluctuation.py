@@ -21,7 +21,7 @@ from graphopt.importance.criterion import ScoreContext, Scores
 from graphopt.importance.fallback import with_magnitudes
 from graphopt.importance.normalizers import normalize
 from graphopt.importance.slices import project
-from graphopt.moments import BlockMoments, Moments
+from graphopt.moments import CoMoments, Moments
 from graphopt.sweep import Sweep
 
 __all__ = ["InputFluctuation"]
@@ -120,10 +120,10 @@ class InputFluctuation:
         weight = consumer.columns(sweep.value(consumer.weight, 0).detach())
         values = sweep.values(consumer.source)
         if self.metric == "wifv":
-            blocks = BlockMoments(weight.shape[0], weight.shape[2], weight.device)
+            blocks = CoMoments(weight.shape[2], weight.shape[2], groups=weight.shape[0], device=weight.device)
             for x in values:
                 for piece in consumer.taps(x):
-                    blocks.add(piece)
+                    blocks.add(piece.transpose(0, 1))
             covariance = blocks.covariance
             return _over_outputs(weight, lambda w: torch.einsum("pok,pkl,pol->p", w, covariance, w))
         moments = Moments(len(weight), weight.device)

@@ -20,9 +20,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt.axes.algebra import Atom, leaves
 from graphopt.axes.groups import Group
-from graphopt.axes.infer import Value
+from graphopt.axes.infer import atoms_of
 from graphopt.graph import Graph
 from graphopt.shrink import sites
 from graphopt.shrink.layers import KNOWN
@@ -251,24 +250,15 @@ class Search:
         names = {name for name, _ in found.nodes}
         at = [node for node in typing.graph.nodes if node.name in names]
         at += [operand for node in at for operand in node.all_input_nodes]
-        atoms = {atom for node in at for atom in _atoms(typing.values[node]) if atom in cut}
+        atoms = {atom for node in at for atom in atoms_of(typing.values[node]) if atom in cut}
         if not atoms:
             near = [axes for name, axes in typing.tensors.items() if _near(name, found.key[0])]
-            atoms = {atom for axes in near for atom in _atoms(axes) if atom in cut}
+            atoms = {atom for axes in near for atom in atoms_of(axes) if atom in cut}
         return [group for group in typing.groups if group.atom in atoms]
 
 
 def _flipped(switch: int) -> int:
     return not switch
-
-
-def _atoms(value: Value) -> Iterator[Atom]:
-    if isinstance(value, list):
-        for each in value:
-            yield from _atoms(each)
-    elif value is not None:
-        for axis in value:
-            yield from leaves(axis)
 
 
 def _near(tensor: str, path: str) -> bool:

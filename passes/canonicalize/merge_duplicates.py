@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
 from graphopt.aliases import roots, written
-from graphopt.axes.algebra import Atom, leaves
+from graphopt.axes.infer import atoms_of
 from graphopt.dialects.aten import infer
 from graphopt.editing import has_effect, is_random, remove_dead, replace
 from graphopt.graph import MODE, Graph, get_attribute, set_tensor, spec_of
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
-
-if TYPE_CHECKING:
-    from graphopt.axes.infer import Value
 
 
 @register
@@ -140,21 +137,12 @@ class _Merging:
 
     def _may_tie(self, site: str, node: fx.Node, twin: fx.Node) -> bool:
         """Say whether one node for the readers of both leaves every coupling group as it is."""
-        mine, other = (set(_atoms(self.typing.values[each])) for each in (node, twin))
+        mine, other = (atoms_of(self.typing.values[each]) for each in (node, twin))
         changed = sorted(self.groups[atom] for atom in mine ^ other if atom in self.groups)
         if changed:
             listed = " and ".join(changed[:2])
             self.context.skipped(site, f"as {twin.name} it would tie what is free of each other: {listed}")
         return not changed
-
-
-def _atoms(value: Value) -> Iterable[Atom]:
-    if isinstance(value, list):
-        for each in value:
-            yield from _atoms(each)
-    elif isinstance(value, tuple):
-        for axis in value:
-            yield from leaves(axis)
 
 
 def _contents(tensor: torch.Tensor) -> Hashable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final, TypeAlias
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from graphopt.axes.algebra import Atom, Indices, index_at, leaves
 from graphopt.axes.groups import Group
-from graphopt.axes.infer import Typing, Value
+from graphopt.axes.infer import Typing, atoms_of
 from graphopt.dialects.aten import infer
 from graphopt.editing import add_tensor, read, replace_tensor
 from graphopt.graph import Call, Graph, tensor_spec
@@ -144,7 +144,7 @@ class _Search:
                 self.readers[self.groups[atom]].append(_Reader(node, index_at(axis, atom), self.groups[atom]))
 
     def _atoms(self, node: fx.Node) -> set[Atom]:
-        return {atom for atom in _atoms(self.typing.values[node]) if atom in self.groups}
+        return {atom for atom in atoms_of(self.typing.values[node]) if atom in self.groups}
 
     # -- what can go --
 
@@ -303,12 +303,3 @@ def _move(graph: Graph, node: fx.Node, mask: Tensor, value: Tensor) -> None:
     made = made_of([weight], added)
     new = add_tensor(graph, f"{path}.bias" if path else "bias", made, sources={0: graph.stands_for(name, 0)})
     call["bias"] = read(graph, new, node)
-
-
-def _atoms(value: Value) -> Iterator[Atom]:
-    if isinstance(value, list):
-        for each in value:
-            yield from _atoms(each)
-    elif isinstance(value, tuple):
-        for axis in value:
-            yield from leaves(axis)
