@@ -23,7 +23,6 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-import graphopt.shrink  # noqa: F401  # lets plans be applied to modules
 from graphopt.allocation import Budget
 from graphopt.capture import capture
 from graphopt.checkpoint import Checkpoint, Weights
@@ -47,6 +46,7 @@ from graphopt.pipeline import run as run_pipeline
 from graphopt.plan import Origin, Plan
 from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_rows, print_explanation, unknown_rows
 from graphopt.report.wording import amount, listing, plural
+from graphopt.shrink import follow  # lets plans be applied to modules, too
 from graphopt.targets import Lowered, Target, find_target, write_manifest
 from graphopt.targets.base import staged
 
@@ -281,9 +281,8 @@ def _followed(passes: Pipeline, graph: Graph, context: Context, model: nn.Module
             if whole:
                 error.add_note(f"own_class keeps whole {', '.join(whole)}, which the model's code cannot follow")
             raise
-        origin = Origin.of(model, graph.example_inputs, outcome.graph.module)
         try:
-            replace(outcome.plan, origin=origin).apply(model)
+            follow(model, outcome.plan.keep, graph)
         except PlanError as error:
             more = tuple(pattern for pattern in error.exclude if pattern not in whole)
             if not more:

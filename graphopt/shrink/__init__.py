@@ -9,8 +9,8 @@
 """
 
 from graphopt.plan import Plan
-from graphopt.shrink.module import shrink
+from graphopt.shrink.module import follow, shrink
 
 Plan.shrink = staticmethod(shrink)
 
-__all__ = ["shrink"]
+__all__ = ["follow", "shrink"]
