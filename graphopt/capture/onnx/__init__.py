@@ -1,0 +1,1 @@
+"""Read ONNX files and models into a graph."""

@@ -1,0 +1,1 @@
+"""The ONNX dialect: operators of ONNX as targets of a graph, by family."""
