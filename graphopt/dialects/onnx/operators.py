@@ -285,6 +285,8 @@ def _default(attribute: Any) -> Any:
     if not attribute.default_value.name:
         return None
     value = onnx.helper.get_attribute_value(attribute.default_value)
+    if isinstance(value, list):
+        return [v.decode() if isinstance(v, bytes) else v for v in value]
     return value.decode() if isinstance(value, bytes) else value
 
 

@@ -1,18 +1,34 @@
 """Say what each ONNX operator computes, as a function of torch tensors.
 
-What may live here: one function an operator, by family. A function takes the operator's inputs by position, under the
-names of the schema, and its attributes by name, both as :mod:`~graphopt.dialects.onnx.operators` describes them. It
+What may live here: one function an operator, by family. A function takes the operator's inputs by position, in the
+order of the schema, and its attributes by name, both as :mod:`~graphopt.dialects.onnx.operators` describes them. It
 must run on meta tensors, so that shapes can be propagated without values, in float64 whatever its inputs' type, and
-backwards wherever the operator has a gradient.
+backwards wherever the operator has a gradient. It writes into no argument.
+
+Where the values of an operand decide a shape (NonZero, a Reshape to a tensor's values), a meta tensor gives no answer
+and torch raises NotImplementedError or RuntimeError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from importlib import import_module
+from typing import Any, Final
 
-__all__ = ["semantics_of"]
+__all__ = ["FAMILIES", "semantics_of"]
+
+FAMILIES: Final = (
+    "contraction",
+    "creation",
+    "elementwise",
+    "indexing",
+    "normalisation",
+    "reduction",
+    "shape",
+    "spatial",
+)
+"""The modules of this package that hold a ``TABLE``: what an operator computes, by its key."""
 
 
 @cache
@@ -22,4 +38,18 @@ def semantics_of(key: str) -> Callable[..., Any]:
     Raises:
         NotImplementedError: it is not described here.
     """
-    raise NotImplementedError(key)
+    found = _table().get(key)
+    if found is None:
+        raise NotImplementedError(f"{key} is not among the ONNX operators that graphopt can compute with torch")
+    return found
+
+
+@cache
+def _table() -> dict[str, Callable[..., Any]]:
+    merged: dict[str, Callable[..., Any]] = {}
+    for family in FAMILIES:
+        for key, function in import_module(f"{__name__}.{family}").TABLE.items():
+            if key in merged:
+                raise ValueError(f"{key}: described twice, the second time in {family}.py")
+            merged[key] = function
+    return merged

@@ -1,0 +1,72 @@
+"""Operators that make a tensor of sizes, numbers or nothing: constants, ranges, shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from graphopt.dialects.onnx.semantics.common import Function, Sizes, as_tensor, ints, type_of
+
+__all__ = ["TABLE"]
+
+
+def _constant(
+    *,
+    value: Any = None,
+    value_float: float | None = None,
+    value_floats: Any = None,
+    value_int: int | None = None,
+    value_ints: Any = None,
+    **others: Any,
+) -> Tensor:
+    if value is not None:
+        return as_tensor(value)
+    if value_float is not None or value_floats is not None:
+        return torch.tensor(value_float if value_floats is None else list(value_floats), dtype=type_of(1))
+    if value_int is not None or value_ints is not None:
+        return torch.tensor(value_int if value_ints is None else list(value_ints), dtype=torch.int64)
+    raise NotImplementedError(f"Constant: torch holds neither sparse tensors nor text; given is {sorted(others)}")
+
+
+def _constant_of_shape(shape: Sizes, *, value: Any = None) -> Tensor:
+    device = shape.device if isinstance(shape, Tensor) else None
+    filling = torch.zeros(1, dtype=type_of(1)) if value is None else as_tensor(value)
+    return filling.to(device).reshape(()).expand(ints(shape) or []).clone()
+
+
+def _shape(data: Tensor, *, start: int = 0, end: int | None = None) -> Tensor:
+    return torch.tensor(list(data.shape)[start:end], dtype=torch.int64, device=data.device)
+
+
+def _size(data: Tensor) -> Tensor:
+    return torch.tensor(data.numel(), dtype=torch.int64, device=data.device)
+
+
+def _range(start: Any, limit: Any, delta: Any, *, stash_type: int = 1) -> Tensor:
+    """Count from ``start`` up to ``limit``, which is left out."""
+    given = next((v for v in (start, limit, delta) if isinstance(v, Tensor)), None)
+    first, last, step = (v.item() if isinstance(v, Tensor) else v for v in (start, limit, delta))
+    exact = all(isinstance(v, int) for v in (first, last, step))
+    dtype = given.dtype if given is not None else torch.int64 if exact else torch.get_default_dtype()
+    count = max(-((first - last) // step) if exact else math.ceil((last - first) / step), 0)
+    steps = torch.arange(count, dtype=dtype, device=given.device if given is not None else None)
+    return steps * step + first
+
+
+def _eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
+    rows, columns = x.shape
+    at = torch.arange(columns, device=x.device) - torch.arange(rows, device=x.device).unsqueeze(1)
+    return (at == k).to(x.dtype if dtype is None else type_of(dtype))
+
+
+TABLE: Final[dict[str, Function]] = {
+    "Constant": _constant,
+    "ConstantOfShape": _constant_of_shape,
+    "EyeLike": _eye_like,
+    "Range": _range,
+    "Shape": _shape,
+    "Size": _size,
+}
