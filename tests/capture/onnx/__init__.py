@@ -1,0 +1,1 @@
+"""Test that ONNX models are read."""
