@@ -12,6 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.write import Written
+from graphopt.dialects.onnx.write import write as write_onnx
 from graphopt.errors import LoweringError, UnsupportedOperatorError, VerificationError
 from graphopt.graph import Graph
 from graphopt.sweep import flatten_inputs
@@ -26,6 +29,9 @@ FILE = "model.onnx"
 @dataclass(frozen=True)
 class OnnxTarget(Target):
     """Translate the graph, in evaluation mode, to standard ONNX operators, with its dynamic dimensions.
+
+    A graph that was read from an ONNX file is written as that file was: the same operators where no pass changed them,
+    the same opset, the same names.
 
     Inputs keep the names of ``forward``'s arguments, outputs the keys of what it returns, weights their names. Weights
     of more than 2 GB stand in ``model.onnx.data``, beside the file. A model with an operator that has no translation
@@ -55,7 +61,7 @@ class OnnxTarget(Target):
             notes=(*translated.notes, *notes),
         )
 
-    def _run(self, graph: Graph, translated: Translated, path: Path) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    def _run(self, graph: Graph, translated: Translated | Written, path: Path) -> tuple[tuple[Check, ...], tuple[str, ...]]:
         if not self.check:
             return (), ()
         if importlib.util.find_spec("onnxruntime") is None:
@@ -77,7 +83,9 @@ def _temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-def _translated(graph: Graph) -> Translated:
+def _translated(graph: Graph) -> Translated | Written:
+    if is_onnx(graph):
+        return write_onnx(graph)
     try:
         return translate(graph)
     except UnsupportedOperatorError as error:
@@ -97,7 +105,7 @@ def _check_file(path: Path) -> None:
         ) from error
 
 
-def runner(graph: Graph, translated: Translated, path: Path) -> Callable[[programs.Inputs], list[Any]]:
+def runner(graph: Graph, translated: Translated | Written, path: Path) -> Callable[[programs.Inputs], list[Any]]:
     """Load a model into ONNX Runtime; the function returned runs it on a call's inputs and returns its outputs."""
     import onnxruntime
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphopt.capture import modes
+from graphopt.capture import modes, onnx
 from graphopt.capture.archive import load
 from graphopt.capture.build import build, user_inputs, varies
 from graphopt.capture.export import StandIns, UndecidableError, is_hollow, run_export, without_cache, working_copy
@@ -29,6 +29,7 @@ from graphopt.capture.inputs import (
     widen,
 )
 from graphopt.capture.tensors import Owner
+from graphopt.dialects.onnx.facts import is_onnx
 from graphopt.errors import CaptureError
 from graphopt.graph import Graph, TraceModule
 
@@ -50,7 +51,7 @@ def capture(
     *,
     dynamic: str | Mapping[str, Any] | None = BATCH,
 ) -> Graph:
-    """Turn a model into a graph of ATen operators that owns its tensors and can be trained.
+    """Turn a model into a graph that owns its tensors and can be trained: of ATen operators, or of those of ONNX.
 
     The model itself is not touched: not its tensors, not its mode, not its attributes. The graph is in evaluation mode
     whatever mode the model was in; ``graph.training`` says which that was. Convert a model (``model.double()``) before
@@ -61,19 +62,22 @@ def capture(
 
     Args:
         model: an ``nn.Module`` (also an ``fx.GraphModule``), a :class:`~graphopt.graph.TraceModule` from an earlier
-            capture, a ``torch.export.ExportedProgram``, or the path of one saved as ``.pt2``.
+            capture, a ``torch.export.ExportedProgram``, or the path of one saved as ``.pt2``; an ``onnx.ModelProto``, an
+            ``onnx_graphsurgeon.Graph``, or the path of an ``.onnx`` file.
         example_inputs: a tensor; a tuple of positional inputs; a dict of keyword inputs; or a pair ``(tuple, dict)`` of
             both. Inputs may be nested. Not needed where the model carries or describes its inputs: programs, traces,
             Lightning, timm and Hugging Face models.
         dynamic: which input dimensions may vary from call to call. ``"batch"``: dimension 0 of every tensor. A mapping
             ``{input: {dimension: name}}``, say ``{"input_ids": {1: "sequence"}}``: these besides; ``{input: None}``
             keeps an input fixed. ``None``: nothing varies. Inputs are named as in ``forward``, their parts after a dot.
-            What the model's code fixes all the same is named in ``graph.notes``.
+            What the model's code fixes all the same is named in ``graph.notes``. Of an ONNX model, the file says it.
 
     Raises:
         CaptureError: if there are no example inputs, or the model cannot be captured; the message says what to do.
     """
     with torch.inference_mode(mode=False):  # tensors that are made in inference mode could not be trained
+        if onnx.is_onnx(model):
+            return onnx.read(model, example_inputs, dynamic)
         if isinstance(model, str | os.PathLike):
             return _from_program(load(_checked_path(Path(model))), example_inputs, dynamic)
         if isinstance(model, ExportedProgram):
@@ -144,6 +148,10 @@ def _from_trace(model: TraceModule, example_inputs: Any, dynamic: Any) -> Graph:
         module = model.replica(owner.own).eval()
         return _finish(
             module, type(model).__name__, _owned(inputs), list(model.meta.get("notes", ())), training=model.training
+        )
+    if is_onnx(model):
+        raise CaptureError(
+            "the model was read from an ONNX file for inputs of other sizes: read the file again with these inputs"
         )
     return _from_module(model, inputs, dynamic)
 
@@ -301,14 +309,12 @@ def _checked_path(path: Path) -> Path:
         return path
     if suffix in _PICKLED:
         raise CaptureError(f"{path} is a pickle by its name; {_NO_PICKLES}")
-    if suffix == ".onnx":
-        raise CaptureError(f"{path}: ONNX models are not read yet; pass the PyTorch model it was exported from")
     if suffix == ".safetensors":
         raise CaptureError(
             f"{path} holds weights but no model: build the model in Python, load them, and pass the model"
         )
     raise CaptureError(
-        f"{str(path)!r} is no model that can be read: pass an nn.Module, or the path of a .pt2 file. A pretrained "
+        f"{str(path)!r} is no model that can be read: pass an nn.Module, or the path of an .onnx or .pt2 file. A pretrained "
         "model is loaded with its own library first, say transformers.AutoModel.from_pretrained or timm.create_model"
     )
 
@@ -318,8 +324,8 @@ def _refusal(model: Any) -> str:
         return "TorchScript cannot be captured: pass the nn.Module that was scripted or traced"
     if inspect.isclass(model) and issubclass(model, nn.Module):
         return f"{model.__name__} is a class: pass an instance, {model.__name__}(…)"
-    if type(model).__module__.partition(".")[0] in ("onnx", "onnx_graphsurgeon", "onnx_ir"):
-        return "ONNX models are not read yet: pass the PyTorch model it was exported from"
+    if type(model).__module__.partition(".")[0] in ("onnx_ir", "onnxscript"):
+        return "pass the path of the .onnx file, or the onnx.ModelProto (onnx_ir.to_proto(model))"
     if isinstance(model, Mapping):
         return "a state dict holds weights but no model: build the model in Python, load it, and pass the model"
     if callable(model):
@@ -327,6 +333,6 @@ def _refusal(model: Any) -> str:
             f"{getattr(model, '__name__', type(model).__name__)} is a function: wrap it in the forward of an nn.Module"
         )
     return (
-        f"a {type(model).__name__} cannot be captured: pass an nn.Module, a torch.export.ExportedProgram, or the path "
-        "of a .pt2 file"
+        f"a {type(model).__name__} cannot be captured: pass an nn.Module, a torch.export.ExportedProgram, an "
+        "onnx.ModelProto, or the path of an .onnx or .pt2 file"
     )
