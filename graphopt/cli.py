@@ -311,11 +311,9 @@ def _loaded(text: str) -> tuple[Any, Any]:
     Random weights of a model that is made here are the same in every run.
     """
     torch.manual_seed(0)
-    if text.endswith(".onnx"):
-        raise CaptureError(f"{text}: reading ONNX models is not supported yet; give the PyTorch model it was made from")
     if ":" not in text or Path(text).exists():
         if not Path(text).suffix:
-            raise typer.BadParameter(f"MODEL must be a .pt2 file or package.module:name; found {text!r}")
+            raise typer.BadParameter(f"MODEL must be an .onnx or .pt2 file or package.module:name; found {text!r}")
         return Path(text), None
     found = _named(text, "MODEL")
     if not isinstance(found, nn.Module) and callable(found):

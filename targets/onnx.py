@@ -61,7 +61,9 @@ class OnnxTarget(Target):
             notes=(*translated.notes, *notes),
         )
 
-    def _run(self, graph: Graph, translated: Translated | Written, path: Path) -> tuple[tuple[Check, ...], tuple[str, ...]]:
+    def _run(
+        self, graph: Graph, translated: Translated | Written, path: Path
+    ) -> tuple[tuple[Check, ...], tuple[str, ...]]:
         if not self.check:
             return (), ()
         if importlib.util.find_spec("onnxruntime") is None:

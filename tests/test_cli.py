@@ -294,7 +294,7 @@ SMALL = ["--example-shape", "3,4"]
         # 2: usage
         (["optimize"], 2, "Missing argument 'MODEL'"),
         (["optimise"], 2, "No such command 'optimise'"),
-        (["optimize", "nets"], 2, "MODEL must be a .pt2 file or package.module:name; found 'nets'"),
+        (["optimize", "nets"], 2, "MODEL must be an .onnx or .pt2 file or package.module:name; found 'nets'"),
         (["optimize", "nets:net", "--flop", "0.5"], 2, "No such option"),
         (["optimize", "nets:net", "--flops", "half"], 2, "--flops"),
         (["optimize", "nets:1st"], 2, "MODEL must be package.module:name; found 'nets:1st'"),
@@ -324,7 +324,7 @@ SMALL = ["--example-shape", "3,4"]
         (["explain", "nets:with_inputs", "first.weight", "2"], 2, "first.weight has 2 dimensions, numbered from 0"),
         (["inspect", "nets:with_inputs", "--dot", "no/folder.dot"], 2, "cannot write no/folder.dot: No such file"),
         # 3: the model
-        (["optimize", "net.onnx"], 3, "net.onnx: reading ONNX models is not supported yet"),
+        (["optimize", "net.onnx"], 3, "net.onnx: the path: found nothing that can be read"),
         (["optimize", "net.pth"], 3, "pickles run code when they are read and are not loaded"),
         (["optimize", "net.pt2"], 3, "there is no file net.pt2"),
         (["inspect", "nets:net"], 3, "on the command line, that is --example-shape 1,3,224,224"),

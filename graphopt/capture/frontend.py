@@ -62,8 +62,8 @@ def capture(
 
     Args:
         model: an ``nn.Module`` (also an ``fx.GraphModule``), a :class:`~graphopt.graph.TraceModule` from an earlier
-            capture, a ``torch.export.ExportedProgram``, or the path of one saved as ``.pt2``; an ``onnx.ModelProto``, an
-            ``onnx_graphsurgeon.Graph``, or the path of an ``.onnx`` file.
+            capture, a ``torch.export.ExportedProgram``, or the path of one saved as ``.pt2``; an
+            ``onnx.ModelProto``, an ``onnx_graphsurgeon.Graph``, or the path of an ``.onnx`` file.
         example_inputs: a tensor; a tuple of positional inputs; a dict of keyword inputs; or a pair ``(tuple, dict)`` of
             both. Inputs may be nested. Not needed where the model carries or describes its inputs: programs, traces,
             Lightning, timm and Hugging Face models.
@@ -314,8 +314,8 @@ def _checked_path(path: Path) -> Path:
             f"{path} holds weights but no model: build the model in Python, load them, and pass the model"
         )
     raise CaptureError(
-        f"{str(path)!r} is no model that can be read: pass an nn.Module, or the path of an .onnx or .pt2 file. A pretrained "
-        "model is loaded with its own library first, say transformers.AutoModel.from_pretrained or timm.create_model"
+        f"{str(path)!r} is no model that can be read: pass an nn.Module, or the path of an .onnx or .pt2 file. A "
+        "pretrained model is loaded with its own library first, say transformers.AutoModel.from_pretrained or timm.create_model"
     )
 
 

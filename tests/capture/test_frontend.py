@@ -641,7 +641,7 @@ class TestRefusals:
             (F.relu, "relu is a function: wrap it in the forward of an nn.Module"),
             (3, "a int cannot be captured: pass an nn.Module"),
             (nn.DataParallel(nn.Linear(2, 2)), "wrapped in DataParallel: pass model.module"),
-            ("model.onnx", "model.onnx: ONNX models are not read yet"),
+            ("model.onnx", "model.onnx: the path: found nothing"),
             ("model.pt", r"model.pt is a pickle by its name; .* weights_only=True"),
             (Path("model.safetensors"), "model.safetensors holds weights but no model"),
             ("bert-base-uncased", "'bert-base-uncased' is no model that can be read: .*from_pretrained"),

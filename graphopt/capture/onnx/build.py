@@ -216,8 +216,8 @@ class Builder:
         except KeyError:
             where = f"{node.domain}.{node.op}" if node.domain else node.op
             raise UnsupportedOperatorError(
-                f"node {node.name!r} is a {where}, which neither the ONNX standard nor ONNX Runtime has: replace it, or "
-                "give its definition as a function in the file"
+                f"node {node.name!r} is a {where}, which neither the ONNX standard nor ONNX Runtime has: replace it, "
+                "or give its definition as a function in the file"
             ) from None
 
     def _bound(self, node: Any, target: Op, inputs: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -231,7 +231,8 @@ class Builder:
                 operands[parameter.name] = rest.pop(0) if rest else None
                 if operands[parameter.name] is None and parameter.kind == "tensor":
                     raise CaptureError(
-                        f"node {node.name!r} ({node.op}) lacks its input {parameter.name}: the file is broken; export it again"
+                        f"node {node.name!r} ({node.op}) lacks its input {parameter.name}: the file is broken; "
+                        "export it again"
                     )
         if rest:
             raise CaptureError(f"node {node.name!r} ({node.op}) has {len(rest)} inputs too many: the file is broken")
@@ -393,7 +394,8 @@ class Builder:
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             shapes = [list(v.probe if probe else v.shape) for v in operands.values() if isinstance(v, Found)]
             raise MisfitError(
-                f"node {node.name!r} ({target}) does not take operands of shape {shapes}: {' '.join(str(error).split())}",
+                f"node {node.name!r} ({target}) does not take operands of shape {shapes}: "
+                f"{' '.join(str(error).split())}",
                 probe=probe,
             ) from error
         return list(found) if isinstance(found, list | tuple) else [found]

@@ -123,6 +123,18 @@ _RUNTIME: Final = """
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """Say that a result may lie in the memory of an argument; no operator of ONNX writes into one."""
+
+    before_set: frozenset[str] = frozenset("a")
+    is_write: bool = False
+
+
+VIEWS: Final = frozenset({"Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators for which runtimes allocate no memory."""
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One argument of an operator: an input or an attribute.
 
@@ -134,7 +146,7 @@ class Parameter:
     default_value: Any = None
     kwarg_only: bool = False
     is_out: bool = False
-    alias_info: None = None
+    alias_info: Alias | None = None
     type: str = "Tensor"
 
     def has_default_value(self) -> bool:
@@ -144,10 +156,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One result of an operator. It never shares memory with an argument, as far as a graph can tell."""
+    """One result of an operator."""
 
     name: str
-    alias_info: None = None
+    alias_info: Alias | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +223,9 @@ class Op:
         return op, (self.name, self.domain)
 
 
+_ALIAS: Final = Alias()
+
+
 @cache
 def op(name: str, domain: str = DOMAIN) -> Op:
     """Return the operator of that name; ``name`` may hold the domain, as :attr:`Op.key` does.
@@ -248,10 +263,10 @@ def _standard(name: str) -> Schema | None:
     newest = versions[-1]
     variadic = onnx.defs.OpSchema.FormalParameterOption.Variadic
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
-    arguments = []
+    arguments: list[Parameter] = []
     for given in newest.inputs:
         kind: Kind = "variadic" if given.option == variadic else "optional" if given.option == optional else "tensor"
-        arguments.append(Parameter(given.name, kind))
+        arguments.append(Parameter(given.name, kind, alias_info=_ALIAS if name in VIEWS and not arguments else None))
     names = {a.name for a in arguments}
     for schema in versions:
         for attribute in schema.attributes.values():
@@ -260,7 +275,8 @@ def _standard(name: str) -> Schema | None:
                 default = _default(newest.attributes.get(attribute.name, attribute))
                 arguments.append(Parameter(attribute.name, "attribute", default, kwarg_only=True))
     arguments.append(Parameter("outputs", "attribute", 1, kwarg_only=True))
-    return Schema(f"onnx.{name}", tuple(arguments), tuple(Result(o.name) for o in newest.outputs))
+    alias = _ALIAS if name in VIEWS else None
+    return Schema(f"onnx.{name}", tuple(arguments), tuple(Result(o.name, alias) for o in newest.outputs))
 
 
 @cache
