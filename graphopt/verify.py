@@ -22,7 +22,10 @@ from torch.utils import _pytree as pytree
 
 from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves
 from graphopt.axes.infer import Positions, Resizer, Typing, Value
+from graphopt.dialects.onnx import runtime
+from graphopt.dialects.onnx.facts import is_onnx
 from graphopt.graph import SPEC, Call, Graph, TensorSpec
+from graphopt.masking import masked_graph
 from graphopt.sweep import default_dtype, flatten_inputs, own, promote
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -286,13 +289,26 @@ class _Evaluator(fx.Interpreter):
 
     def __init__(self, graph: Graph, *, double: bool) -> None:
         super().__init__(graph.module)
+        self.held = graph
         self.traced = graph.module
         self.double = double
 
     def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         flat = flatten_inputs(self.traced, args, kwargs)
+        found = None if self.double else self._run_by_runtime(flat)
+        if found is not None:
+            return found
         with torch.no_grad(), default_dtype(torch.float64) if self.double else nullcontext():
             return self.run(*[self._promote(own(x)) for x in flat], enable_io_processing=False)
+
+    def _run_by_runtime(self, flat: list[Any]) -> Any:
+        """Run a graph of the ONNX dialect in ONNX Runtime; None where there is none, or it cannot."""
+        graph = self._whole() if is_onnx(self.traced) else None
+        found = None if graph is None else runtime.outputs(graph, flat)
+        return None if found is None else found[0] if len(found) == 1 else tuple(found)
+
+    def _whole(self) -> Graph | None:
+        return self.held
 
     def _promote(self, value: Any) -> Any:
         return promote(value) if self.double else value
@@ -313,6 +329,9 @@ class _MaskedEvaluator(_Evaluator):
         super().__init__(typing.graph, double=double)
         self.typing = typing
         self.keep = {a: k for a, k in keep.items() if len(k) < a.size}
+
+    def _whole(self) -> Graph | None:
+        return masked_graph(self.typing, self.keep)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = super().get_attr(target, args, kwargs)

@@ -17,7 +17,7 @@ FLOORS: tuple[frozenset[str], ...] = (
     frozenset({"graph"}),
     frozenset({"axes", "aliases", "moments", "sweep"}),
     frozenset({"dialects", "plan", "importance", "cost"}),
-    frozenset({"capture", "report", "rewrite", "editing", "verify", "allocation"}),
+    frozenset({"capture", "report", "rewrite", "editing", "masking", "verify", "allocation"}),
     frozenset({"shrink"}),
     frozenset({"pipeline"}),
     frozenset({"passes"}),

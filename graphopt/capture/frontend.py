@@ -315,7 +315,8 @@ def _checked_path(path: Path) -> Path:
         )
     raise CaptureError(
         f"{str(path)!r} is no model that can be read: pass an nn.Module, or the path of an .onnx or .pt2 file. A "
-        "pretrained model is loaded with its own library first, say transformers.AutoModel.from_pretrained or timm.create_model"
+        "pretrained model is loaded with its own library first, say transformers.AutoModel.from_pretrained or "
+        "timm.create_model"
     )
 
 

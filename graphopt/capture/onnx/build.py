@@ -171,6 +171,8 @@ class Builder:
         if node.op == "Constant" and node.domain in (None, "", "ai.onnx"):
             self._add_constant(node)
             return
+        if node.op == "If" and not node.domain and self._follow_branch(node):
+            return
         target = self._target(node)
         inputs = [None if each.is_empty() else self.value(each) for each in node.inputs]
         names = [each.name for each in node.outputs]
@@ -196,6 +198,22 @@ class Builder:
             return emit().results[index].node
 
         return make
+
+    def _follow_branch(self, node: Any) -> bool:
+        """Add the nodes of the branch that is always taken, where the condition is a constant."""
+        condition = self.value(node.inputs[0]).entries
+        if condition is None or condition.size != 1:
+            return False
+        try:
+            taken = bool(condition.reshape(-1)[0])
+        except UndecidedError:
+            return False
+        branch = node.attrs["then_branch" if taken else "else_branch"]
+        for each in branch.nodes:
+            self.add(each)
+        for result, given in zip(node.outputs, branch.outputs, strict=True):
+            self.values[result.name] = self.value(given)
+        return True
 
     def _add_constant(self, node: Any) -> None:
         name = node.outputs[0].name
@@ -268,6 +286,8 @@ class Builder:
         present = [v for v in flat if v is not None]
         if not present or any(v.entries is None for v in present) or target.name in _RANDOM:
             return None
+        if any(v.stored is not None and v.dtype.is_floating_point and v.entries.size > 1 for v in present):
+            return None  # a short vector may be a weight, and keeps its name
         dtype = _result_type(target.name, present, attributes)
         if not any(has_size(v.entries) for v in present):
             return self._constants(target, operands, attributes, count)

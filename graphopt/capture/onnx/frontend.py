@@ -16,8 +16,9 @@ from graphopt.capture.onnx.build import ONNX, Builder, MisfitError, Stored
 from graphopt.capture.onnx.files import OnnxFile, load
 from graphopt.capture.onnx.inputs import Input
 from graphopt.dialects.onnx.facts import Facts
+from graphopt.dialects.onnx.surgeon import graphsurgeon, quiet
 from graphopt.dialects.onnx.types import TORCH_TYPE
-from graphopt.errors import CaptureError, MissingDependencyError, UnsupportedOperatorError
+from graphopt.errors import CaptureError, UnsupportedOperatorError
 from graphopt.graph import Graph, TraceCodeGen, without_collection
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def read(model: Any, example_inputs: Any = None, dynamic: str | Mapping[str, Any
         UnsupportedOperatorError: an operator is not known.
         MissingDependencyError: onnx or onnx-graphsurgeon is not installed.
     """
-    gs = _graphsurgeon()
-    file = load(gs.export_onnx(model) if isinstance(model, gs.Graph) else model)
-    reader = _Reader(file)
+    gs = graphsurgeon()
+    with quiet():
+        reader = _Reader(load(gs.export_onnx(model) if isinstance(model, gs.Graph) else model))
     if example_inputs is not None:
         return reader.graph(examples.given(reader.inputs, example_inputs), vary=dynamic is not None)
     failure: MisfitError | None = None
@@ -69,24 +70,13 @@ def read(model: Any, example_inputs: Any = None, dynamic: str | Mapping[str, Any
     )
 
 
-def _graphsurgeon() -> Any:
-    try:
-        import onnx_graphsurgeon
-    except ModuleNotFoundError as error:
-        if error.name not in ("onnx", "onnx_graphsurgeon"):
-            raise
-        package = "onnx-graphsurgeon" if error.name == "onnx_graphsurgeon" else "onnx"
-        raise MissingDependencyError("onnx", package=package, purpose="reading an ONNX model") from error
-    return onnx_graphsurgeon
-
-
 @dataclass
 class _Reader:
     file: OnnxFile
 
     def __post_init__(self) -> None:
         self.where = str(self.file.path or "the ONNX model")
-        self.model = _graphsurgeon().import_onnx(self.file.model)
+        self.model = graphsurgeon().import_onnx(self.file.model)
         self.metadata = {
             node.output[0]: {entry.key: entry.value for entry in node.metadata_props}
             for node in self.file.model.graph.node

@@ -226,7 +226,6 @@ class Op:
 _ALIAS: Final = Alias()
 
 
-@cache
 def op(name: str, domain: str = DOMAIN) -> Op:
     """Return the operator of that name; ``name`` may hold the domain, as :attr:`Op.key` does.
 
@@ -236,8 +235,11 @@ def op(name: str, domain: str = DOMAIN) -> Op:
     if not domain and "." in name:
         domain, _, name = name.rpartition(".")
         return op(name, domain)
-    if domain == "ai.onnx":
-        return op(name, DOMAIN)
+    return _made(name, DOMAIN if domain == "ai.onnx" else domain)
+
+
+@cache
+def _made(name: str, domain: str) -> Op:
     found = _described().get((domain, name)) or (_standard(name) if domain == DOMAIN else None)
     if found is None:
         raise KeyError(f"{domain or 'ai.onnx'}.{name}")

@@ -17,6 +17,7 @@ from torch import fx
 
 from graphopt.dialects.onnx.facts import ONNX, facts_of
 from graphopt.dialects.onnx.operators import DOMAIN, NUMBERS, SIZES, Op
+from graphopt.dialects.onnx.surgeon import graphsurgeon, quiet
 from graphopt.dialects.onnx.types import ONNX_TYPE
 from graphopt.errors import LoweringError
 from graphopt.graph import SPEC, Call, Graph, TensorSpec, tensor_spec
@@ -70,11 +71,9 @@ def write(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> Written
     Raises:
         LoweringError: the operator sets that the file declares do not have what the graph holds.
     """
-    import onnx_graphsurgeon as gs
-
-    writer = _Writer(graph)
-    held = writer.graphsurgeon()
-    skeleton = gs.export_onnx(held, do_type_check=False)
+    with quiet():
+        writer = _Writer(graph)
+        skeleton = writer.gs.export_onnx(writer.graphsurgeon(), do_type_check=False)
     facts = facts_of(graph)
     for key, value in facts.producer.items():
         setattr(skeleton, key, value)
@@ -89,28 +88,23 @@ def write(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> Written
 
 def to_graphsurgeon(graph: Graph) -> Any:
     """Return the graph as an ``onnx_graphsurgeon.Graph``, with its weights."""
-    import onnx_graphsurgeon as gs
-
     writer = _Writer(graph)
     held = writer.graphsurgeon()
     for name, tensor in writer.weights.items():
         writer.variables[name].to_constant(tensor.detach().cpu().numpy())
-    if not isinstance(held, gs.Graph):
-        raise TypeError("onnx-graphsurgeon changed its interface")
     return held
 
 
 class _Writer:
     def __init__(self, graph: Graph) -> None:
-        import onnx_graphsurgeon as gs
-
-        self.gs = gs
+        self.gs = graphsurgeon("writing an ONNX model")
         self.graph = graph
         self.facts = facts_of(graph)
         self.weights: dict[str, torch.Tensor] = {}
         self.nodes: list[Any] = []
         self.variables: dict[str, Any] = {}
         self.values: dict[fx.Node, Any] = {}
+        self.held: dict[str, Any] = {}
         self.names: set[str] = {""}
         self.node_names: set[str] = {""}
         self.constants: dict[tuple[torch.dtype, tuple[int, ...], tuple[Any, ...]], Any] = {}
@@ -203,12 +197,11 @@ class _Writer:
 
     def _weight(self, node: fx.Node) -> Any:
         path = self.graph.aliases.get(str(node.target), str(node.target))
-        name = self.facts.names.get(path, path)
-        if name not in self.weights:
-            self.names.add(name)
+        if path not in self.held:
+            name = self._fresh(self.facts.names.get(path, path))
             self.weights[name] = self.graph.tensor(path).detach()
-            self.variables[name] = self.gs.Variable(name)
-        return self.variables[name]
+            self.held[path] = self.variables[name] = self.gs.Variable(name)
+        return self.held[path]
 
     def constant(self, entries: Sequence[Any], dtype: torch.dtype, *, scalar: bool = False) -> Any:
         """Return a tensor of numbers; the same one for the same numbers."""

@@ -25,7 +25,7 @@ def _gather(data: Tensor, indices: Any, *, axis: int = 0) -> Tensor:
         return data.select(axis, indices)
     at = _from_front(torch.as_tensor(indices, device=data.device), data.shape[axis])
     found = data.index_select(axis, at.reshape(-1))
-    return found.reshape(*data.shape[:axis], *at.shape, *data.shape[axis + 1 :])
+    return found.reshape((*data.shape[:axis], *at.shape, *data.shape[axis + 1 :]))
 
 
 def _gather_elements(data: Tensor, indices: Tensor, *, axis: int = 0) -> Tensor:
