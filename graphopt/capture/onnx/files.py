@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import stat
+import string
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Set
@@ -171,7 +172,7 @@ def _parse(model: onnx.ModelProto, data: bytes, weights: Weights) -> None:
             warnings.simplefilter("error")
             model.ParseFromString(data)
     except (DecodeError, RuntimeWarning, RecursionError, MemoryError, SystemError) as error:
-        text = data[:256].isascii() and data[:256].decode("ascii").isprintable()
+        text = data[:256].isascii() and not set(data[:256]) - set(map(ord, string.printable))
         found = "text" if text else f"bytes that are no ONNX model, or a part of one ({error})"
         raise weights.error("the file", found, "an ONNX model", remedy) from error
 

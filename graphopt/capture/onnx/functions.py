@@ -31,6 +31,8 @@ def check_functions(model: onnx.ModelProto, weights: Weights) -> None:
         CaptureError: if two have one name, one calls itself by any way, a call gives more than a function takes, or
             inlining would go beyond :data:`~graphopt.capture.onnx.structure.NODE_LIMIT`.
     """
+    if not model.functions:
+        return
     functions: dict[Key, onnx.FunctionProto] = {}
     for function in model.functions:
         key = (function.domain, function.name)

@@ -6,9 +6,13 @@ back into what returns. So C++ never sees a file, and a model of any size costs 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +30,8 @@ _SMALL: Final = 1 << 12
 _SECONDS: Final = 60
 """Time that onnx may take, and as many seconds more for every so many nodes."""
 _NODES: Final = 10_000
+
+_SCRIPT: Final = Path(__file__).with_name("worker.py")
 
 _RUNTIME_OPERATORS: Final = ("SimplifiedLayerNormalization",)
 """Operators that ONNX Runtime has in the default domain and onnx does not."""
@@ -126,20 +132,13 @@ _REPEATED: Final = ("opset_import", "metadata_props", "training_info", "function
 def _run(
     tasks: dict[str, Any], model: onnx.ModelProto, weights: Weights, node_count: int
 ) -> tuple[dict[str, Any], bytes]:
-    message = json.dumps(tasks).encode() + b"\n" + model.SerializeToString()
     seconds = _SECONDS * (1 + node_count // _NODES)
-    script = str(Path(__file__).with_name("worker.py"))
     try:
-        done = subprocess.run(
-            [sys.executable, "-P", script], input=message, capture_output=True, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired as error:
+        found, data = _HELPER.ask(tasks, model.SerializeToString(), seconds)
+    except TimeoutError as error:
         raise _refused(weights, "onnx did not come to an end with this model", f"{seconds} seconds at most") from error
-    line, newline, data = done.stdout.partition(b"\n")
-    if done.returncode or not newline:
-        reason = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        raise _refused(weights, f"a model on which onnx breaks off ({short(reason[0])})", "a well-formed model")
-    found = json.loads(line)
+    except ChildProcessError as error:
+        raise _refused(weights, f"a model on which onnx breaks off ({error})", "a well-formed model") from error
     if "failed" in found:
         step = {
             "inline": "functions that onnx cannot inline",
@@ -149,6 +148,89 @@ def _run(
         }[found["failed"]]
         raise _refused(weights, f"{step}: {_plain(found['message'])}", "a model that onnx.checker accepts")
     return found, data
+
+
+class _Helper:
+    """Keep one process of ``worker`` for as long as it answers; start another one after it broke."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._parents: subprocess.Popen[bytes] | None = None
+
+    def ask(self, tasks: dict[str, Any], data: bytes, seconds: float) -> tuple[dict[str, Any], bytes]:
+        """Send a request and return the answer.
+
+        Raises:
+            TimeoutError: if there is none after that time.
+            ChildProcessError: if the process died of it.
+        """
+        with self._lock:
+            process = self._running()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            late = threading.Event()
+            timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+            timer.daemon = True
+            timer.start()
+            try:
+                process.stdin.write(json.dumps({**tasks, "bytes": len(data)}).encode() + b"\n")
+                process.stdin.write(data)
+                process.stdin.flush()
+                line = process.stdout.readline()
+                answer = json.loads(line) if line.endswith(b"\n") else {"bytes": -1}
+                result = process.stdout.read(answer["bytes"]) if answer["bytes"] >= 0 else b""
+                complete = len(result) == answer["bytes"]
+            except BaseException as error:
+                self.stop()
+                if not isinstance(error, OSError):
+                    raise
+                complete = False
+            finally:
+                timer.cancel()
+            if complete:
+                return answer, result
+            status = self.stop() or process.returncode
+            if late.is_set():
+                raise TimeoutError
+            raise ChildProcessError(f"status {status}")
+
+    def stop(self) -> int | None:
+        """End the process; return its status."""
+        process, self._process = self._process, None
+        if process is None:
+            return None
+        for stream in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                if stream is not None:
+                    stream.close()
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()
+
+    def forget(self) -> None:
+        """Leave the process to the parent, in a child that was forked: it may not answer both."""
+        self._lock = threading.Lock()
+        self._parents, self._process = self._process, None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None or self._process.poll() is not None:
+            self.stop()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_SCRIPT)],  # -P: a folder's own onnx.py is not imported
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        return self._process
+
+
+_HELPER: Final = _Helper()
+atexit.register(_HELPER.stop)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_HELPER.forget)
 
 
 def _refused(weights: Weights, found: str, required: str) -> CaptureError:

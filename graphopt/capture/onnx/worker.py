@@ -4,7 +4,8 @@ These are C++ that was not written for files from strangers: on damaged models t
 without bound, or not end. This module is run as a script, so that what happens then happens to the script. It imports
 nothing of graphopt, and onnx alone: a process starts in a tenth of a second.
 
-What is sent and what comes back is one line of JSON, and the bytes of a model.
+A request is one line of JSON and the bytes of a model; so is an answer. The process serves one after another, until one
+breaks it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def perform(tasks: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
             model = onnx.version_converter.convert_version(model, tasks["convert"])
         if tasks.get("check"):
             step = "check"
-            onnx.checker.check_model(model, full_check=False)
+            onnx.checker.check_model(_filled(onnx, model), full_check=False)
             step = "infer"
             found["types"] = _types(onnx, model)
     except MemoryError:
@@ -55,6 +56,22 @@ def perform(tasks: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
         return {"failed": step, "message": f"{error}"}, b""
     changed = tasks.get("inline") or tasks.get("convert")
     return found, model.SerializeToString(deterministic=True) if changed else b""
+
+
+def _filled(onnx: Any, model: Any) -> Any:
+    """Return a model all of whose inputs and outputs have a shape: runtimes want none, the checker does."""
+    values = (*model.graph.input, *model.graph.output)
+    if all(value.type.tensor_type.HasField("shape") for value in values):
+        return model
+    filled = onnx.ModelProto()
+    filled.CopyFrom(model)
+    for value in (*filled.graph.input, *filled.graph.output):
+        kind = value.type.WhichOneof("value")
+        if kind is None:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        if kind in (None, *_TYPES):
+            getattr(value.type, kind or _TYPES[0]).shape.SetInParent()
+    return filled
 
 
 def _types(onnx: Any, model: Any) -> list[list[Any]]:
@@ -80,9 +97,20 @@ def _types(onnx: Any, model: Any) -> list[list[Any]]:
 
 
 def main() -> None:
-    """Read a request from standard input, and write the answer to standard output."""
-    answer = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what C++ prints must not stand in the answer
+    """Answer requests from standard input on standard output until there are no more."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what C++ prints must not stand in an answer
+    _limit()
+    requests = sys.stdin.buffer
+    while line := requests.readline():
+        tasks = json.loads(line)
+        found, data = perform(tasks, requests.read(tasks["bytes"]))
+        answers.write(json.dumps({**found, "bytes": len(data)}).encode() + b"\n" + data)
+        answers.flush()
+    os._exit(0)  # what damaged models left behind needs no tidy end
+
+
+def _limit() -> None:
     try:
         import resource
 
@@ -92,11 +120,6 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, most))
     except (ImportError, OSError, ValueError):  # a system without limits
         pass
-    tasks = json.loads(sys.stdin.buffer.readline())
-    found, data = perform(tasks, sys.stdin.buffer.read())
-    answer.write(json.dumps(found).encode() + b"\n" + data)
-    answer.flush()
-    os._exit(0)  # what a damaged model left behind needs no tidy end
 
 
 if __name__ == "__main__":
