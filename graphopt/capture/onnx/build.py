@@ -264,7 +264,7 @@ class Builder:
             if name in operands:  # became an input in a later version
                 operands[name] = self._literal(value)
             else:
-                attributes[name] = self._stored(value).load() if hasattr(value, "_values") else value
+                attributes[name] = self._stored(value).load() if _is_tensor(value) else value
         return operands, attributes
 
     def _literal(self, value: Any) -> Found:
@@ -542,6 +542,11 @@ def _is_small(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Say whether a constant's entries are looked at while a graph is read; those of weights are not."""
     count = math.prod(shape)
     return count <= 1 or (count <= 8 and len(shape) == 1) if dtype.is_floating_point else count <= LARGEST
+
+
+def _is_tensor(value: Any) -> bool:
+    """Say whether an attribute is a tensor of onnx-graphsurgeon, whose graphs answer for any attribute."""
+    return "_values" in getattr(value, "__dict__", ())
 
 
 def _entries(tensor: torch.Tensor) -> Entries:

@@ -98,7 +98,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> OnnxFile:
     if isinstance(source, onnx.ModelProto):
         path = None
         weights = Weights("the ModelProto", None)
-        model.CopyFrom(source)
+        _copy(source, model, weights)
     else:
         path = Path(source)
         weights = Weights(str(path), path.parent)
@@ -156,6 +156,20 @@ def _read(path: Path) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise where.error("the path", f"nothing that can be read ({reason})", "a readable file", remedy) from error
+
+
+def _copy(source: onnx.ModelProto, model: onnx.ModelProto, weights: Weights) -> None:
+    from google.protobuf.message import DecodeError, EncodeError
+
+    try:
+        model.CopyFrom(source)
+    except (DecodeError, EncodeError, MemoryError) as error:
+        raise weights.error(
+            "the model",
+            f"graphs in graphs that cannot be copied ({error})",
+            "a model that can be saved",
+            "inline the bodies of If and Loop; move large weights out and pass the path of the file",
+        ) from error
 
 
 def _parse(model: onnx.ModelProto, data: bytes, weights: Weights) -> None:

@@ -170,7 +170,12 @@ class _Helper:
             assert process.stdin is not None
             assert process.stdout is not None
             late = threading.Event()
-            timer = threading.Timer(seconds, lambda: (late.set(), process.kill()))
+
+            def end() -> None:
+                late.set()
+                process.kill()
+
+            timer = threading.Timer(seconds, end)
             timer.daemon = True
             timer.start()
             try:

@@ -88,6 +88,12 @@ class Order:
         """
         graph = model.graph
         self._count(graph)
+        for text, of in (
+            (graph.name, "name of the graph"),
+            *((getattr(model, name), name) for name in ("producer_name", "producer_version", "domain", "doc_string")),
+            *((text, "metadata") for entry in model.metadata_props for text in (entry.key, entry.value)),
+        ):
+            self._text(text, f"the {of}")
         self._check_inputs(graph)
         self._graph(graph, (), "the graph", 0)
         if not graph.output:
@@ -165,12 +171,51 @@ class Order:
                 "declare names for dimensions that vary",
             )
 
+    def _check_types(self, graph: onnx.GraphProto, what: str) -> None:
+        """Examine what a graph declares of its values; leave out what says nothing of an inner one."""
+        kept = [value for value in graph.value_info if value.name and self._wrong(value) is None]
+        if len(kept) < len(graph.value_info):
+            self.notes.append(f"{len(graph.value_info) - len(kept)} declarations of values in {what} were left out")
+            copies = type(graph)()
+            copies.value_info.extend(kept)
+            graph.ClearField("value_info")
+            graph.value_info.extend(copies.value_info)
+        for value in (*graph.input, *graph.output):
+            wrong = self._wrong(value)
+            if wrong is not None:
+                raise self._error(
+                    f"the type of '{short(value.name)}' in {what}",
+                    wrong,
+                    "a known element type, and sizes or names of dimensions",
+                    "the file is damaged or was edited: export the model again",
+                )
+
+    def _wrong(self, value: onnx.ValueInfoProto) -> str | None:
+        """Return what is wrong with a declaration."""
+        if not isinstance(value.name, str) or not isinstance(value.doc_string, str):
+            return "bytes that are no text"
+        kind = value.type.WhichOneof("value")
+        if kind not in ("tensor_type", "sparse_tensor_type"):
+            return None
+        tensor = getattr(value.type, kind)
+        if type_name(tensor.elem_type).startswith("number"):
+            return f"element type {type_name(tensor.elem_type)}"
+        for dim in tensor.shape.dim:
+            if not isinstance(dim.dim_param, str) or not isinstance(dim.denotation, str):
+                return "a name of a dimension that is no text"
+            if dim.HasField("dim_value") and dim.dim_value == -1:
+                dim.ClearField("dim_value")
+            if dim.dim_value < 0:
+                return f"a dimension of {dim.dim_value}"
+        return None
+
     def _graph(self, graph: onnx.GraphProto, scopes: tuple[Set[str], ...], what: str, depth: int) -> set[str]:
         """Order a graph and those in it; return the names that it takes from the graphs around it."""
         if depth > DEPTH_LIMIT:
             raise self._error(
                 what, f"graphs nested {depth} deep", f"at most {DEPTH_LIMIT}", "inline the bodies of If and Loop"
             )
+        self._check_types(graph, what)
         made = self._definitions(graph, scopes, what)
         inner = (*scopes, made)
         reads: list[list[str]] = []
@@ -247,7 +292,13 @@ class Order:
     def _reads(self, node: onnx.NodeProto, scopes: tuple[Set[str], ...], position: int, depth: int) -> list[str]:
         """Examine a node and the graphs in it; return the names that both read."""
         culprit = describe(node, position)
-        for text, of in ((node.name, "name"), (node.op_type, "operator"), (node.domain, "domain")):
+        for text, of in (
+            (node.name, "name"),
+            (node.op_type, "operator"),
+            (node.domain, "domain"),
+            (node.doc_string, "description"),
+            *((text, "metadata") for entry in node.metadata_props for text in (entry.key, entry.value)),
+        ):
             self._text(text, f"the {of} of {culprit}")
         if node.domain == _ALIAS:
             node.domain = DOMAIN

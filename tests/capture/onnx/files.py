@@ -15,7 +15,7 @@ def weight(name: str = "w", shape: Sequence[int] = (4, 3)) -> TensorProto:
     return numpy_helper.from_array(values, name)
 
 
-def value(name: str, shape: Sequence[Any] = ("n", 4), kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
+def value(name: str, shape: Sequence[Any] | None = ("n", 4), kind: int = TensorProto.FLOAT) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, kind, shape)
 
 

@@ -422,7 +422,7 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], tuple[str, ...]]] =
     "type unknown": (lambda m: _set(m.graph.initializer[0], data_type=77), ("tensor 'w'", "number 77")),
     "type undefined": (lambda m: _set(m.graph.initializer[0], data_type=0), ("tensor 'w'", "UNDEFINED")),
     "text": (
-        lambda m: m.graph.initializer.append(helper.make_tensor("words", TensorProto.STRING, [1], [b"a"])),
+        lambda m: m.graph.initializer.append(TensorProto(name="words", data_type=8, dims=[1], string_data=[b"a"])),
         ("tensor 'words'", "STRING"),
     ),
     "segment": (lambda m: _set(m.graph.initializer[0].segment, begin=0, end=3), ("tensor 'w'", "segment")),
@@ -482,20 +482,25 @@ def test_a_name_that_is_taken_around_a_graph_is_refused() -> None:
 
 
 def _nested(depth: int) -> onnx.ModelProto:
-    inner = helper.make_graph([node("Neg", ["x"], ["t0"])], "b", [], [value("t0", None)])
-    for i in range(1, depth):
-        each = node("If", ["go"], [f"t{i}"], then_branch=inner)
-        inner = helper.make_graph([each], "b", [], [value(f"t{i}", None)])
-    nodes = [node("If", ["go"], ["z"], name="if", then_branch=inner)]
-    return model(nodes, inputs=[value("x"), value("go", (), TensorProto.BOOL)], outputs=[value("z")], initializers=[])
+    given = model([], inputs=[value("x"), value("go", (), TensorProto.BOOL)], outputs=[value("t0")], initializers=[])
+    graph = given.graph
+    for i in range(depth):
+        outer = graph.node.add(op_type="If", name=f"if{i}", input=["go"], output=[f"t{i}"])
+        graph = outer.attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g
+        graph.name = "branch"
+        graph.output.add(name=f"t{i + 1}")
+    graph.node.add(op_type="Neg", input=["x"], output=[f"t{depth}"])
+    return given
 
 
 def test_graphs_in_graphs_are_bounded(tmp_path: Path) -> None:
-    _refusal(_nested(17), "graphs nested 17 deep", "at most 16")
-    # Deeper than the parser goes.
+    _refusal(_nested(17), "'then_branch' of node 'if16' (If)", "graphs nested 17 deep", "at most 16")
+    # Deeper than protocol buffers are read.
+    given = _nested(60)
+    _refusal(given, "the ModelProto", "graph")
     path = tmp_path / "deep.onnx"
-    path.write_bytes(_nested(60).SerializeToString())
-    _refusal(path, str(path))
+    path.write_bytes(given.SerializeToString())
+    _refusal(path, str(path), "MaxDepth")
 
 
 # --- functions

@@ -91,6 +91,56 @@ def attention() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
+def straight() -> onnx.ModelProto:
+    """Return a function of the model's own, called twice, a sparse initializer, and shapes filled with numbers."""
+    nodes = [
+        helper.make_node("Scaled", ["x"], ["s"], name="call", domain="local"),
+        helper.make_node("Scaled", ["s"], ["s2"], name="call2", domain="local"),
+        helper.make_node("Shape", ["s2"], ["sizes"], name="shape"),
+        helper.make_node("ConstantOfShape", ["sizes"], ["filled"], name="filled", value=_array("", [2.0], np.float32)),
+        helper.make_node("Expand", ["sparse", "sizes"], ["wide"], name="expand"),
+        helper.make_node("Tile", ["wide", "times"], ["tiled"], name="tile"),
+        helper.make_node("Slice", ["tiled", "starts", "ends", "axes", "steps"], ["cut"], name="slice"),
+        helper.make_node("Pad", ["cut", "pads", "nought"], ["padded"], name="pad"),
+        helper.make_node("Range", ["first", "last", "delta"], ["ramp"], name="range"),
+        helper.make_node("Cast", ["ramp"], ["cast"], name="cast", to=TensorProto.FLOAT),
+        helper.make_node("Add", ["s2", "filled"], ["a"], name="add"),
+        helper.make_node("Concat", ["a", "padded"], ["both"], name="concat", axis=1),
+        helper.make_node("Add", ["both", "cast"], ["y"], name="add2"),
+    ]
+    function = helper.make_function(
+        "local",
+        "Scaled",
+        ["a"],
+        ["b"],
+        [
+            helper.make_node("Constant", [], ["two"], value=_array("", [2.0], np.float32)),
+            helper.make_node("Mul", ["a", "two"], ["b"]),
+        ],
+        [helper.make_opsetid("", 18)],
+    )
+    initializers = [
+        _array("times", [1, 3]),
+        _array("starts", [1]),
+        _array("ends", [9]),
+        _array("axes", [1]),
+        _array("steps", [2]),
+        _array("pads", [0, 1, 0, 1]),
+        _array("nought", 0.0, np.float32),
+        *(_array(name, n) for name, n in (("first", 0), ("last", 10), ("delta", 1))),
+    ]
+    graph = helper.make_graph(nodes, "straight", [value("x")], [value("y", ("n", 10))], initializers)
+    graph.sparse_initializer.append(
+        helper.make_sparse_tensor(_array("sparse", [5.0, 6.0], np.float32), _array("at", [1, 3]), [4])
+    )
+    return helper.make_model(
+        graph,
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("local", 1)],
+        functions=[function],
+        ir_version=9,
+    )
+
+
 def control() -> onnx.ModelProto:
     """Return an If and a Loop, a function of the model's own, a sparse initializer, a shape filled with a number."""
     then = helper.make_graph(
