@@ -192,7 +192,7 @@ class Order:
 
     def _wrong(self, value: onnx.ValueInfoProto) -> str | None:
         """Return what is wrong with a declaration."""
-        if not isinstance(value.name, str) or not isinstance(value.doc_string, str):
+        if not _are_text(value.name, value.doc_string):
             return "bytes that are no text"
         kind = value.type.WhichOneof("value")
         if kind not in ("tensor_type", "sparse_tensor_type"):
@@ -201,7 +201,7 @@ class Order:
         if type_name(tensor.elem_type).startswith("number"):
             return f"element type {type_name(tensor.elem_type)}"
         for dim in tensor.shape.dim:
-            if not isinstance(dim.dim_param, str) or not isinstance(dim.denotation, str):
+            if not _are_text(dim.dim_param, dim.denotation):
                 return "a name of a dimension that is no text"
             if dim.HasField("dim_value") and dim.dim_value == -1:
                 dim.ClearField("dim_value")
@@ -433,6 +433,11 @@ class Order:
             seen.add(name)
         if renamed:
             self.notes.append(f"{renamed} nodes had the name of another node: a number was added")
+
+
+def _are_text(*values: Any) -> bool:
+    """Say whether strings of the file are in UTF-8; others come as bytes."""
+    return all(isinstance(value, str) for value in values)
 
 
 def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:

@@ -399,6 +399,11 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], tuple[str, ...]]] =
         lambda m: m.graph.input[0].CopyFrom(value("x", (2**31, 2**31, 4))),
         ("input 'x'", "declare names for dimensions"),
     ),
+    "unknown type of an output": (
+        lambda m: _set(m.graph.output[0].type.tensor_type, elem_type=-5),
+        ("'z' in the graph", "number -5"),
+    ),
+    "negative output": (lambda m: m.graph.output[0].CopyFrom(value("z", (-5, 4))), ("'z' in the graph", "-5")),
     "type of an output": (
         lambda m: m.graph.output[0].CopyFrom(value("z", None, TensorProto.INT64)),
         ("output 'z'", "declared INT64, computed FLOAT"),
@@ -453,6 +458,14 @@ def _sparse(given: onnx.ModelProto, dims: list[int], at: list[int]) -> None:
 def test_a_graph_is_refused(case: str) -> None:
     edit, culprits = GRAPHS[case]
     _refusal(_edited(edit), *culprits)
+
+
+def test_a_declaration_that_says_nothing_is_left_out() -> None:
+    given = model()
+    given.graph.value_info.extend([value("y", ("n", 3)), value("y", None, 77), value("y", (-3,))])
+    found = load(given)
+    assert [v.name for v in found.model.graph.value_info] == ["y"]
+    assert found.notes == ("2 declarations of values in the graph were left out",)
 
 
 def test_names_that_are_no_text_are_refused() -> None:
