@@ -46,6 +46,10 @@ FIXED_OPERANDS: Final[dict[str, tuple[str, ...]]] = {
 """Operands that are no weights although they are constants: setting them to zero would not take a channel away."""
 
 
+Type = tuple[tuple[int, ...], torch.dtype]
+"""The shape of a tensor, and the type of its entries."""
+
+
 @dataclass(frozen=True)
 class Stored:
     """A tensor of the file: its type, and its values when they are asked for."""
@@ -110,6 +114,7 @@ class Builder:
         """Which operators read a stored tensor, and as what."""
         self._stored = stored
         self._metadata = metadata
+        self._known: dict[Any, tuple[Type, ...]] = {}
         self._parts: set[str] = set()
         self._taken: set[str] = set()
 
@@ -381,7 +386,7 @@ class Builder:
     def _types(
         self, node: Any, target: Op, operands: Mapping[str, Any], attributes: Mapping[str, Any], count: int
     ) -> list[Found]:
-        """Run an operator on tensors without values, for both sizes of the inputs."""
+        """Type the results of an operator, for both sizes of the inputs."""
         flat = [
             v for value in operands.values() for v in (value if isinstance(value, list) else [value]) if v is not None
         ]
@@ -389,7 +394,7 @@ class Builder:
         varies = any(v.shape != v.probe or (v.entries is not None and has_size(v.entries)) for v in flat)
         second = self._run(node, target, operands, attributes, probe=True) if varies else first
         found = [
-            Found("", tuple(a.shape), tuple(b.shape), a.dtype, _unmade) for a, b in zip(first, second, strict=True)
+            Found("", shape, other, dtype, _unmade) for (shape, dtype), (other, _) in zip(first, second, strict=True)
         ]
         if len(found) < count:
             raise CaptureError(f"node {node.name!r} ({node.op}) has {count} results; the operator yields {len(found)}")
@@ -399,14 +404,19 @@ class Builder:
 
     def _run(
         self, node: Any, target: Op, operands: Mapping[str, Any], attributes: Mapping[str, Any], *, probe: bool
-    ) -> list[torch.Tensor]:
-        def meta(value: Found) -> torch.Tensor:
-            shape = value.probe if probe else value.shape
-            return torch.empty(shape, dtype=value.dtype, device="meta")
+    ) -> tuple[Type, ...]:
+        """Return the types of the results; of operators that are alike, only the first is run."""
 
-        args = [_argument(target, name, value, meta, None, probe=probe) for name, value in operands.items()]
+        def typed(value: Found) -> Type:
+            return value.probe if probe else value.shape, value.dtype
+
+        args = [_argument(target, name, value, typed, None, probe=probe) for name, value in operands.items()]
+        key = _hashable((target, args, attributes))
+        known = self._known.get(key) if key is not None else None
+        if known is not None:
+            return known
         try:
-            found = target(*args, **attributes)
+            found = target(*(_on_meta(argument) for argument in args), **attributes)
         except NotImplementedError as error:
             raise UnsupportedOperatorError(
                 f"node {node.name!r} ({target}): the shape of its result is not known without its values ({error})"
@@ -418,7 +428,11 @@ class Builder:
                 f"{' '.join(str(error).split())}",
                 probe=probe,
             ) from error
-        return list(found) if isinstance(found, list | tuple) else [found]
+        results = found if isinstance(found, list | tuple) else [found]
+        types = tuple((tuple(each.shape), each.dtype) for each in results)
+        if key is not None:
+            self._known[key] = types
+        return types
 
     # -- the end --
 
@@ -514,6 +528,29 @@ def _argument(
         if name in NUMBERS.get(target.name, ()) and value.entries.size == 1:
             return number(value.entries.reshape(-1)[0])
     return tensor(value)
+
+
+def _on_meta(argument: Any) -> Any:
+    """Make tensors without values of the types among an operator's arguments."""
+    if isinstance(argument, tuple):
+        shape, dtype = argument
+        return torch.empty(shape, dtype=dtype, device="meta")
+    if isinstance(argument, list):
+        return [_on_meta(each) for each in argument]
+    return argument
+
+
+def _hashable(value: Any) -> Any:
+    """Return something that is equal for equal arguments; None where tensors are among them."""
+    if isinstance(value, list | tuple):
+        parts = tuple(map(_hashable, value))
+        return None if any(p is None and v is not None for p, v in zip(parts, value, strict=True)) else parts
+    if isinstance(value, Mapping):
+        return _hashable([*value.items()])
+    if isinstance(value, torch.Tensor):
+        return None
+    # An absent operand is not the same as none that can be told apart, and 1 not the same as 1.0.
+    return "absent" if value is None else (type(value), value)
 
 
 def _with_outputs(target: Op, attributes: Mapping[str, Any], count: int) -> dict[str, Any]:
