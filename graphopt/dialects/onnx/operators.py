@@ -37,6 +37,7 @@ SIZES: Final[dict[str, tuple[str, ...]]] = {
     "Col2Im": ("image_shape", "block_shape"),
     "ConstantOfShape": ("input",),
     "Expand": ("shape",),
+    "MaxUnpool": ("output_shape",),
     "Pad": ("pads", "axes"),
     "ReduceL1": ("axes",),
     "ReduceL2": ("axes",),
@@ -60,13 +61,21 @@ SIZES: Final[dict[str, tuple[str, ...]]] = {
 """Inputs that hold a list of sizes, positions or factors, by operator of the default domain."""
 
 NUMBERS: Final[dict[str, tuple[str, ...]]] = {
+    "BlackmanWindow": ("size",),
     "Clip": ("min", "max"),
     "CumSum": ("axis",),
     "CumProd": ("axis",),
+    "DFT": ("dft_length", "axis"),
     "Dropout": ("ratio", "training_mode"),
+    "HammingWindow": ("size",),
+    "HannWindow": ("size",),
     "OneHot": ("depth",),
     "Pad": ("constant_value",),
     "Range": ("start", "limit", "delta"),
+    "STFT": ("frame_step", "frame_length"),
+    "SequenceAt": ("position",),
+    "SequenceErase": ("position",),
+    "SequenceInsert": ("position",),
     "TopK": ("K",),
     "Trilu": ("k",),
 }
@@ -78,6 +87,7 @@ _MICROSOFT: Final = """
     BiasSplitGelu(X, bias)
     BiasSoftmax(data, bias; axis=1, is_inner_broadcast=0)
     DequantizeLinear(x, x_scale, x_zero_point?; axis=1, block_size=0)
+    DynamicQuantizeMatMul(A, B, b_scale, b_zero_point?, bias?)
     EmbedLayerNormalization(input_ids, segment_ids?, word_embedding, position_embedding, segment_embedding?, gamma, \
 beta, mask?, position_ids?; epsilon=1e-12, mask_index_type=0)
     FastGelu(X, bias?)
@@ -89,22 +99,34 @@ beta=1.0, transA=0, transB=0)
     FusedMatMulActivation(A, B; activation=None, activation_alpha=0.0, activation_axis=0, activation_beta=0.0, \
 activation_gamma=0.0, alpha=1.0, transA=0, transB=0, transBatchA=0, transBatchB=0)
     Gelu(X)
+    Inverse(X)
     GroupNorm(X, gamma, beta; activation=0, channels_last=1, epsilon=1e-5, groups=1)
     GroupQueryAttention(query, key?, value?, past_key?, past_value?, seqlens_k, total_sequence_length, cos_cache?, \
-sin_cache?, position_ids?, attention_bias?, head_sink?; num_heads, kv_num_heads, do_rotary=0, local_window_size=-1, \
-rotary_interleaved=0, scale=0.0, smooth_softmax=-1, softcap=0.0)
-    MatMulNBits(A, B, scales, zero_points?, g_idx?, bias?; K, N, bits=4, block_size, accuracy_level=0)
+sin_cache?, position_ids?, attention_bias?, head_sink?, k_scale?, v_scale?, q_norm_weight?, k_norm_weight?; \
+num_heads, kv_num_heads, causal=1, do_rotary=0, k_quant_type='NONE', kv_cache_bit_width=0, local_window_size=-1, \
+qk_norm_epsilon=1e-6, qk_output=0, rotary_interleaved=0, scale=0.0, sliding_window_cache=0, smooth_softmax=-1, \
+softcap=0.0, v_quant_type='NONE')
+    MatMulIntegerToFloat(A, B, a_scale, b_scale, a_zero_point?, b_zero_point?, bias?)
+    MatMulNBits(A, B, scales, zero_points?, g_idx?, bias?; K, N, bits=4, block_size, accuracy_level=0, \
+weight_prepacked=0)
     MultiHeadAttention(query, key?, value?, bias?, key_padding_mask?, attention_bias?, past_key?, past_value?, \
 past_sequence_length?, cache_indirection?; num_heads, mask_filter_value=-10000.0, scale=0.0, unidirectional=0)
     NhwcConv(X, W, B?; auto_pad='NOTSET', dilations=None, group=1, kernel_shape=None, pads=None, strides=None)
     Attention(input, weights, bias?, mask_index?, past?, attention_bias?, past_sequence_length?; num_heads, \
 do_rotary=0, mask_filter_value=-10000.0, past_present_share_buffer=0, qkv_hidden_sizes=None, \
 rotary_embedding_dim=0, scale=0.0, unidirectional=0)
+    NhwcMaxPool(x; auto_pad='NOTSET', ceil_mode=0, dilations=None, kernel_shape=None, pads=None, strides=None)
+    QGemm(A, a_scale, a_zero_point, B, b_scale, b_zero_point, C?, y_scale?, y_zero_point?; alpha=1.0, transA=0, \
+transB=0)
     QLinearAdd(A, A_scale, A_zero_point?, B, B_scale, B_zero_point?, C_scale, C_zero_point?)
+    QLinearAveragePool(X, x_scale, x_zero_point?, y_scale, y_zero_point?; auto_pad='NOTSET', ceil_mode=0, \
+channels_last=0, count_include_pad=0, kernel_shape=None, pads=None, strides=None)
     QLinearConcat(Y_scale, Y_zero_point, inputs*; axis=0)
     QLinearGlobalAveragePool(X, x_scale, x_zero_point, y_scale, y_zero_point; channels_last=0)
+    QLinearLeakyRelu(X, X_scale, X_zero_point?, Y_scale, Y_zero_point?; alpha=0.01)
     QLinearMul(A, A_scale, A_zero_point?, B, B_scale, B_zero_point?, C_scale, C_zero_point?)
     QLinearSigmoid(X, X_scale, X_zero_point?, Y_scale, Y_zero_point?)
+    QLinearSoftmax(X, X_scale, x_zero_point?, y_scale, y_zero_point; axis=-1, opset=None)
     QuantizeLinear(x, y_scale, y_zero_point?; axis=1, block_size=0, output_dtype=0, saturate=1)
     QuickGelu(X; alpha=1.702)
     RotaryEmbedding(input, position_ids, cos_cache, sin_cache; interleaved=0, is_packed_batching=0, num_heads=0, \
@@ -114,6 +136,7 @@ rotary_embedding_dim=0, scale=1.0)
     SkipLayerNormalization(input, skip, gamma, beta?, bias?; epsilon=1e-12)
     SkipSimplifiedLayerNormalization(input, skip, gamma, bias?; epsilon=1e-12)
     TransposeMatMul(A, B; alpha=1.0, transA=0, transB=0)
+    Trilu(X, k?; upper=1)
 """
 
 # Operators that ONNX Runtime knows in the default domain, though the standard has no such operator.

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -18,71 +19,36 @@ from graphopt.dialects.onnx.operators import op
 from tests.dialects.onnx.node_cases import Case, cases
 
 LEFT_OUT = {
-    "AffineGrid": "to do",
-    "Attention": "to do",
-    "Bernoulli": "draws random numbers",
-    "BitCast": "to do",
-    "BlackmanWindow": "to do",
-    "CausalConvWithState": "to do",
-    "Col2Im": "to do",
-    "ConvInteger": "to do",
-    "DFT": "to do",
-    "DeformConv": "to do",
-    "DequantizeLinear": "to do",
-    "Det": "to do",
-    "DynamicQuantizeLinear": "to do",
-    "GRU": "to do",
-    "GridSample": "to do",
-    "HammingWindow": "to do",
-    "HannWindow": "to do",
     "If": "carries a graph",
     "ImageDecoder": "reads image files",
-    "LSTM": "to do",
-    "LinearAttention": "to do",
     "Loop": "carries a graph",
-    "MatMulInteger": "to do",
-    "MaxUnpool": "to do",
-    "MelWeightMatrix": "to do",
-    "NegativeLogLikelihoodLoss": "to do",
-    "NonMaxSuppression": "to do",
-    "OptionalGetElement": "holds optional values",
-    "OptionalHasElement": "holds optional values",
-    "QLinearConv": "to do",
-    "QLinearMatMul": "to do",
-    "QuantizeLinear": "to do",
-    "RNN": "to do",
     "RegexFullMatch": "works on text",
-    "Resize": "to do",
-    "RoiAlign": "to do",
-    "RotaryEmbedding": "to do",
-    "STFT": "to do",
     "Scan": "carries a graph",
-    "SequenceInsert": "holds sequences",
     "SequenceMap": "carries a graph",
-    "SoftmaxCrossEntropyLoss": "to do",
-    "SplitToSequence": "holds sequences",
     "StringConcat": "works on text",
     "StringNormalizer": "works on text",
     "StringSplit": "works on text",
-    "TensorScatter": "to do",
     "TfIdfVectorizer": "works on text",
-    "Upsample": "to do",
 }
 """Operators that have cases and no semantics, and why."""
 
 CASES_LEFT_OUT = {
+    "bernoulli*": "draws random numbers",
     "cast*_FLOAT4E2M1*": "torch has no type of four bits with an exponent",
     "cast*_to_FLOAT4E2M1*": "torch has no type of four bits with an exponent",
     "cast_e8m0_*_to_FLOAT8E8M0": "torch has no arithmetic with powers of two alone",
     "castlike_*_to_INT[24]": "a byte does not say that it stands for fewer bits",
     "castlike_*_to_UINT[24]": "a byte does not say that it stands for fewer bits",
+    "dequantizelinear_float4e2m1": "torch has no type of four bits with an exponent",
     "equal_string": "works on text",
     "equal_string_broadcast": "works on text",
-    "identity_opt": "holds optional values",
-    "identity_sequence": "holds sequences",
+    "quantizelinear_float4e2m1": "torch has no type of four bits with an exponent",
+    "quantizelinear_int[24]": "a byte does not say that it stands for fewer bits",
+    "quantizelinear_uint2": "a byte does not say that it stands for fewer bits",
     "range_bfloat16_type_positive_delta": "a Python number does not say bfloat16",
     "range_float16_type_positive_delta": "a Python number does not say float16",
     "range_int32_type_negative_delta": "a Python number does not say int32",
+    "resize_downsample_scales_*_align_corners": "ONNX's results take the output for 2.4 positions long, ours for 2",
     "training_dropout": "draws random numbers",
     "training_dropout_default": "draws random numbers",
     "training_dropout_default_mask": "draws random numbers",
@@ -90,10 +56,12 @@ CASES_LEFT_OUT = {
 }
 """Patterns of single cases of other operators that cannot be compared, and why."""
 
-SHAPES_BY_DATA = {"Compress", "NonMaxSuppression", "NonZero", "Unique"}
+SHAPES_BY_DATA = {"Compress", "MelWeightMatrix", "NonMaxSuppression", "NonZero", "SplitToSequence", "Unique"}
 """Operators of which a meta tensor does not tell the result's shape."""
 
-WITHOUT_TENSORS = {"Constant", "ConstantOfShape", "Range"}
+WITHOUT_TENSORS = {
+    *("BlackmanWindow", "Constant", "ConstantOfShape", "HammingWindow", "HannWindow", "OptionalHasElement", "Range")
+}
 """Operators that no tensor tells the device to make theirs on."""
 
 
@@ -132,14 +100,32 @@ def differences(case: Case, found: tuple[Any, ...]) -> Iterator[str]:
     if len(found) < len(case.expected):
         yield f"{len(found)} results instead of {len(case.expected)}"
     for number, (wanted, got) in enumerate(zip(case.expected, found, strict=False)):
-        if wanted is None:
-            continue
-        if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
-            yield f"{number}: {type(got).__name__} for {type(wanted).__name__}"
-        elif (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
-            yield f"{number}: {got.dtype}{list(got.shape)} for {wanted.dtype}{list(wanted.shape)}"
-        elif not torch.allclose(got.double(), wanted.double(), case.rtol, case.atol, equal_nan=True):
-            yield f"{number}: off by {(got.double() - wanted.double()).abs().max()}"
+        if isinstance(wanted, list) and isinstance(got, list | tuple) and len(wanted) == len(got):
+            pairs = list(zip(wanted, got, strict=True))
+        else:
+            pairs = [(wanted, got)] if wanted is not None or case.op.name.startswith("Optional") else []
+        yield from (f"{number}: {text}" for text in map(difference, pairs, repeat(case)) if text)
+
+
+def difference(pair: tuple[Any, Any], case: Case) -> str:
+    wanted, got = pair
+    if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
+        return "" if wanted is None and got is None else f"{type(got).__name__} for {type(wanted).__name__}"
+    if (wanted.shape, wanted.dtype) != (got.shape, got.dtype):
+        return f"{got.dtype}{list(got.shape)} for {wanted.dtype}{list(wanted.shape)}"
+    if torch.allclose(got.double(), wanted.double(), *tolerances(case, wanted), equal_nan=True):
+        return ""
+    return f"off by {(got.double() - wanted.double()).abs().max()}"
+
+
+def tolerances(case: Case, wanted: Tensor) -> tuple[float, float]:
+    """Return the case's tolerances, widened by the last digits, as sums may be taken in any order."""
+    if not wanted.is_floating_point() or wanted.itemsize == 1 or not wanted.numel():
+        return case.rtol, case.atol
+    last = torch.finfo(wanted.dtype).eps
+    if wanted.itemsize == 2:
+        return max(case.rtol, last), max(case.atol, last)
+    return case.rtol, max(case.atol, 8 * last * wanted[wanted.isfinite()].abs().sum().item() ** 0.5)
 
 
 @pytest.mark.parametrize("name", operators())
@@ -165,11 +151,17 @@ def test_meta_tensors_give_the_same_shapes(name: str) -> None:
         found = case.run("meta")
         assert [spec(v) for v in found] == wanted, case.name
         if name not in WITHOUT_TENSORS:
-            assert {v.device.type for v in found if isinstance(v, Tensor)} == {"meta"}, case.name
+            assert {v.device.type for v in tensors(found)} <= {"meta"}, case.name
 
 
 def spec(value: Any) -> Any:
-    return (list(value.shape), value.dtype) if isinstance(value, Tensor) else type(value)
+    return [(list(t.shape), t.dtype) for t in tensors(value)]
+
+
+def tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, list | tuple):
+        return [t for v in value for t in tensors(v)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def test_what_is_left_out_has_no_semantics() -> None:

@@ -19,13 +19,21 @@ from typing import Any, Final
 __all__ = ["FAMILIES", "semantics_of"]
 
 FAMILIES: Final = (
+    "attention",
     "contraction",
     "creation",
     "elementwise",
     "indexing",
+    "losses",
     "normalisation",
+    "quantization",
+    "recurrent",
     "reduction",
+    "resizing",
+    "sampling",
+    "sequences",
     "shape",
+    "signal",
     "spatial",
 )
 """The modules of this package that hold a ``TABLE``: what an operator computes, by its key."""

@@ -214,6 +214,7 @@ def _fused_matmul_activation(
 TABLE: Final[dict[str, Function]] = {
     "Conv": _conv,
     "ConvTranspose": _conv_transpose,
+    "Det": torch.linalg.det,
     "Einsum": _einsum,
     "Gemm": gemm,
     "MatMul": torch.matmul,
@@ -221,6 +222,7 @@ TABLE: Final[dict[str, Function]] = {
     "com.microsoft.FusedGemm": _fused_gemm,
     "com.microsoft.FusedMatMul": _fused_matmul,
     "com.microsoft.FusedMatMulActivation": _fused_matmul_activation,
+    "com.microsoft.Inverse": torch.linalg.inv,
     "com.microsoft.NhwcConv": _nhwc_conv,
     "com.microsoft.TransposeMatMul": _fused_matmul,
 }

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import Function, Sizes, as_tensor, ints, type_of
+from graphopt.dialects.onnx.semantics.common import TYPES, Function, Sizes, as_tensor, ints, type_of
 
 __all__ = ["TABLE"]
 
@@ -62,10 +62,67 @@ def _eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:
     return (at == k).to(x.dtype if dtype is None else type_of(dtype))
 
 
+def _random_uniform(
+    *, shape: Any, dtype: int = 1, high: float = 1.0, low: float = 0.0, seed: float | None = None
+) -> Tensor:
+    return _draw(list(shape), type_of(dtype), seed).mul_(high - low).add_(low)
+
+
+def _random_normal(
+    *, shape: Any, dtype: int = 1, mean: float = 0.0, scale: float = 1.0, seed: float | None = None
+) -> Tensor:
+    return _draw(list(shape), type_of(dtype), seed, normal=True).mul_(scale).add_(mean)
+
+
+def _random_uniform_like(x: Tensor, *, dtype: int | None = None, **attributes: Any) -> Tensor:
+    found = _random_uniform(shape=x.shape, dtype=1, **attributes)
+    return found.to(x.device, x.dtype if dtype is None else type_of(dtype))
+
+
+def _random_normal_like(x: Tensor, *, dtype: int | None = None, **attributes: Any) -> Tensor:
+    found = _random_normal(shape=x.shape, dtype=1, **attributes)
+    return found.to(x.device, x.dtype if dtype is None else type_of(dtype))
+
+
+def _bernoulli(x: Tensor, *, dtype: int | None = None, seed: float | None = None) -> Tensor:
+    drawn = _draw(list(x.shape), torch.float32, seed).to(x.device)
+    return (drawn < x).to(x.dtype if dtype is None else type_of(dtype))
+
+
+def _multinomial(x: Tensor, *, dtype: int = 6, sample_size: int = 1, seed: float | None = None) -> Tensor:
+    """Draw classes by unnormalised log-probabilities (batch, classes)."""
+    totals = x.exp().cumsum(-1)
+    drawn = _draw([x.shape[0], sample_size], totals.dtype, seed).to(x.device) * totals[:, -1:]
+    return torch.searchsorted(totals, drawn).to(type_of(dtype))
+
+
+def _draw(shape: list[int], dtype: torch.dtype, seed: float | None, *, normal: bool = False) -> Tensor:
+    """Return random numbers; a seed always gives the same ones, though not those of another runtime."""
+    generator = None if seed is None else torch.Generator().manual_seed(int(seed))
+    draw = torch.randn if normal else torch.rand
+    return draw(shape, dtype=dtype, generator=generator)
+
+
+def _bit_cast(x: Tensor, *, to: int) -> Tensor:
+    """Return the same bits as another type of the same width."""
+    return (x.to(torch.uint8) if x.dtype == torch.bool else x).view(_STORED[to]).to(TYPES[to])
+
+
+_STORED: Final = TYPES | {9: torch.uint8}
+"""Types as their bits are held: truth values in bytes."""
+
+
 TABLE: Final[dict[str, Function]] = {
+    "Bernoulli": _bernoulli,
+    "BitCast": _bit_cast,
     "Constant": _constant,
     "ConstantOfShape": _constant_of_shape,
     "EyeLike": _eye_like,
+    "Multinomial": _multinomial,
+    "RandomNormal": _random_normal,
+    "RandomNormalLike": _random_normal_like,
+    "RandomUniform": _random_uniform,
+    "RandomUniformLike": _random_uniform_like,
     "Range": _range,
     "Shape": _shape,
     "Size": _size,

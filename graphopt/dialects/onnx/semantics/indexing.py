@@ -143,6 +143,7 @@ _BY_INDEX: Final[dict[str, Function]] = {
     "ScatterND": _scatter_nd,
     "Trilu": _trilu,
     "Unique": _unique,
+    "com.microsoft.Trilu": _trilu,
 }
 
 TABLE: Final[dict[str, Function]] = {

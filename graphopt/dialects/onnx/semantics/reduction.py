@@ -78,7 +78,8 @@ def _l1(x: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 def _l2(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     if x.is_floating_point():
-        return torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
+        return norm
     return _sum(x * x, dims).double().sqrt().to(x.dtype)
 
 

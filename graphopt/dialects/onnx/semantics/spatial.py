@@ -1,4 +1,4 @@
-"""Operators on the spatial dimensions of images and signals: pooling, resizing, patches."""
+"""Operators on the spatial dimensions of images and signals: pooling, and what undoes it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import Function, results
+from graphopt.dialects.onnx.semantics.common import Function, Sizes, ints, results
+from graphopt.dialects.onnx.semantics.shape import pad
 from graphopt.dialects.onnx.semantics.windows import Windows
 
-__all__ = ["TABLE"]
+__all__ = ["TABLE", "average_pool"]
 
 
 def _max_pool(
@@ -54,7 +55,7 @@ def _unpadded(at: Tensor, x: Tensor, padded: Tensor, begins: Sequence[int], *, b
     return found + planes.reshape(*x.shape[:2], *[1] * (x.dim() - 2))
 
 
-def _average_pool(
+def average_pool(
     x: Tensor,
     *,
     kernel_shape: Sequence[int],
@@ -112,14 +113,81 @@ def _global_max_pool(x: Tensor) -> Tensor:
 
 
 def _global_lp_pool(x: Tensor, *, p: int = 2) -> Tensor:
-    return torch.linalg.vector_norm(x, ord=p, dim=_spatial_dims(x), keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, ord=p, dim=_spatial_dims(x), keepdim=True)
+    return norm
+
+
+def _nhwc_max_pool(x: Tensor, **attributes: Any) -> Tensor:
+    """Pool a tensor whose channels are last."""
+    found: Tensor = _max_pool(x.movedim(-1, 1), **attributes)
+    return found.movedim(1, -1)
+
+
+def _col2im(
+    x: Tensor,
+    image_shape: Sizes,
+    block_shape: Sizes,
+    *,
+    dilations: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Add up patches (n, c · patch, positions) where they lie in the image."""
+    image, block = ints(image_shape) or [], ints(block_shape) or []
+    rank = len(image)
+    channels = x.shape[1] // math.prod(block)
+    windows = Windows.of(x.new_empty(1, 1, *image, device="meta"), block, strides, dilations, pads, "NOTSET")
+    # Where each value goes: in each dimension by the position of its window and of itself in it.
+    flat = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+    lengths = [n + b + e for n, b, e in zip(image, windows.begins, windows.ends, strict=True)]
+    for k, gap, count, step, length in zip(
+        block, windows.dilations, windows.counts(ceil=False), windows.strides, lengths, strict=True
+    ):
+        inner = torch.arange(k, device=x.device) * gap
+        outer = torch.arange(count, device=x.device) * step
+        at = inner.unsqueeze(-1) + outer
+        flat = (flat[:, None, :, None] * length + at[None, :, None, :]).flatten(2).flatten(0, 1)
+    values = x.reshape(x.shape[0], channels, -1)
+    into = x.new_zeros(x.shape[0], channels, math.prod(lengths))
+    summed = into.scatter_add(2, flat.reshape(1, 1, -1).expand_as(values), values).reshape(*into.shape[:2], *lengths)
+    for dim in range(rank):
+        summed = summed.narrow(2 + dim, windows.begins[dim], image[dim])
+    return summed
+
+
+def _max_unpool(
+    x: Tensor,
+    indices: Tensor,
+    output_shape: Sizes | None = None,
+    *,
+    kernel_shape: Sequence[int],
+    pads: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
+) -> Tensor:
+    """Put values back to where MaxPool found them, in a tensor of zeros."""
+    rank = len(kernel_shape)
+    steps, edges = list(strides or [1] * rank), list(pads or [0] * 2 * rank)
+    natural = [
+        (n - 1) * step + k - edges[i] - edges[rank + i]
+        for i, (n, step, k) in enumerate(zip(x.shape[2:], steps, kernel_shape, strict=True))
+    ]
+    inner = [*x.shape[:2], *natural]
+    flat = x.new_zeros(math.prod(inner)).scatter(0, indices.reshape(-1), x.reshape(-1))
+    wanted = ints(output_shape)
+    unpooled = flat.reshape(inner)
+    if wanted is None or wanted == inner:
+        return unpooled
+    return pad(unpooled, [0] * x.dim(), [w - n for w, n in zip(wanted, inner, strict=True)])
 
 
 TABLE: Final[dict[str, Function]] = {
-    "AveragePool": _average_pool,
+    "AveragePool": average_pool,
+    "Col2Im": _col2im,
     "GlobalAveragePool": _global_average_pool,
     "GlobalLpPool": _global_lp_pool,
     "GlobalMaxPool": _global_max_pool,
     "LpPool": _lp_pool,
     "MaxPool": _max_pool,
+    "MaxUnpool": _max_unpool,
+    "com.microsoft.NhwcMaxPool": _nhwc_max_pool,
 }
