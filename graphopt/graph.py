@@ -268,6 +268,8 @@ class Argument:
     default: Any
     has_default: bool
     keyword_only: bool
+    by_position: bool = False
+    """Whether a call can give it by its position alone, as the inputs of ONNX operators."""
 
 
 @lru_cache(maxsize=4096)
@@ -275,7 +277,12 @@ def _schema(target: Any) -> dict[str, Argument]:
     arguments = target._schema.arguments
     return {
         a.name: Argument(
-            a.name, i, a.default_value if a.has_default_value() else None, a.has_default_value(), a.kwarg_only
+            a.name,
+            i,
+            a.default_value if a.has_default_value() else None,
+            a.has_default_value(),
+            a.kwarg_only,
+            getattr(a, "by_position", False),
         )
         for i, a in enumerate(arguments)
     }
@@ -316,8 +323,24 @@ class Call:
         argument = _schema(self.node.target)[name]
         if not argument.keyword_only and argument.position < len(self.node.args):
             self.node.update_arg(argument.position, value)
+        elif argument.by_position:
+            missing = [None] * (argument.position - len(self.node.args))
+            self.node.args = (*self.node.args, *missing, value)
         else:
             self.node.update_kwarg(name, value)
+
+    def leave_out(self, name: str) -> None:
+        """Take an argument out of the call that it may lack."""
+        argument = _schema(self.node.target)[name]
+        if name in self.node.kwargs:
+            self.node.kwargs = {key: value for key, value in self.node.kwargs.items() if key != name}
+        elif argument.position == len(self.node.args) - 1:
+            args = self.node.args[:-1]
+            while argument.by_position and args and args[-1] is None:
+                args = args[:-1]
+            self.node.args = args
+        elif argument.position < len(self.node.args):
+            self.node.update_arg(argument.position, argument.default)
 
     def spec(self, name: str) -> TensorSpec:
         """Return the type of a tensor argument."""

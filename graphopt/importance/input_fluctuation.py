@@ -139,7 +139,7 @@ class InputFluctuation:
         total, count = torch.zeros(contraction.axis.size, dtype=torch.float64), 0
         pairs = zip(sweep.values(contraction.query), sweep.values(contraction.key), strict=True)
         for query, keys in pairs:
-            q, k = query.detach().double(), contraction.keys(keys.detach()).double()
+            q, k = contraction.lay(query.detach().double(), keys.detach().double())
             read, weighed = self._of_keys(k, contraction.in_softmax), self._of_queries(q)
             if weighed.dim() > 1 and weighed.shape[-2] % read.shape[-2] == 0:
                 # Several query heads may share a key head.

@@ -10,7 +10,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,6 +17,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from graphopt.dialects.aten import infer
+from graphopt.dialects.onnx.operators import Op, op
+from graphopt.dialects.products import Product, Windows, operator_key, product_of
 from graphopt.editing import add_tensor, find_tensor, insert, read, readers, remove_tensor, replace, replace_tensor
 from graphopt.errors import PipelineError
 from graphopt.graph import Call, Graph, tensor_spec
@@ -47,22 +48,9 @@ __all__ = [
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS: Final = frozenset(
-    overload
-    for name in (
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "convolution",
-        "conv_transpose1d",
-        "conv_transpose2d",
-        "conv_transpose3d",
-    )
-    for overload in (getattr(getattr(aten, name), o) for o in getattr(aten, name).overloads())
-)
-_PRODUCTS: Final = frozenset({aten.mm.default, aten.matmul.default, aten.linalg_matmul.default})
-_OTHERS: Final = frozenset({aten.einsum.default, aten.bilinear.default, aten.bmm.default, aten.baddbmm.default})
-_TURNS: Final = frozenset({aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default})
+_OTHERS: Final = frozenset({aten.einsum.default, aten.bilinear.default, "Einsum"})
+_TURNS: Final = frozenset({aten.t.default, aten.transpose.int, aten.permute.default, aten.numpy_T.default, "Transpose"})
+_SUMS: Final = frozenset({aten.add.Tensor, "Add"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,49 +72,43 @@ class Consumer:
     a transposed one, the patch of the input that was spread out by the stride, with the kernel turned round.
 
     Attributes:
-        node: The call.
+        product: What the layer's call multiplies.
         weight: The name of its weight.
-        turned: Whether the call reads the weight with its two dimensions exchanged.
+        turned: Whether what multiplies reads the stored weight with its two dimensions exchanged.
         bias: The name of its bias; None where it has none.
         add: The node that adds the bias, where that is not the call itself.
     """
 
-    node: fx.Node
+    product: Product
     weight: str
     turned: bool
     bias: str | None = None
     add: fx.Node | None = None
 
-    @cached_property
-    def call(self) -> Call:
-        """The call, by the names of its schema."""
-        return Call(self.node)
+    @property
+    def node(self) -> fx.Node:
+        """The call."""
+        return self.product.node
 
     @property
-    def is_convolution(self) -> bool:
-        """Say whether the layer slides over places."""
-        return self.node.target in _CONVOLUTIONS
+    def windows(self) -> Windows | None:
+        """How a convolution slides over places; None for a linear layer."""
+        return self.product.windows
 
     @property
     def is_transposed(self) -> bool:
         """Say whether it is a transposed convolution, whose weight is ``(inputs, outputs/g, taps)``."""
-        if not self.is_convolution:
-            return False
-        return bool(self.call["transposed"]) if self.call.has("transposed") else "transpose" in self.call.name
+        return self.windows is not None and self.windows.transposed
 
     @property
     def groups(self) -> int:
         """How many groups the channels are divided into."""
-        return int(self.call["groups"]) if self.is_convolution else 1
+        return self.product.groups
 
     @property
     def input(self) -> fx.Node:
         """The node whose value is multiplied."""
-        names = {aten.addmm.default: "mat1"}
-        name = "input" if self.call.has("input") else names.get(self.node.target, "self")  # type: ignore[call-overload]
-        found = self.call[name]
-        assert isinstance(found, fx.Node)
-        return found
+        return self.product.left
 
     @property
     def channel(self) -> int:
@@ -141,19 +123,17 @@ class Consumer:
     @property
     def unevenness(self) -> str | None:
         """Say where outputs see less of a constant input than elsewhere; None where all see the same."""
-        if not self.is_convolution:
+        if self.windows is None:
             return None
         if self.is_transposed:
-            spreads = any(k > 1 for k in tensor_spec(self._weight_node).shape[2:])
-            return "where fewer taps of its kernel meet" if spreads else None
-        return "where its window reaches into the zero padding" if any(map(any, self._padding())) else None
+            return "where fewer taps of its kernel meet" if any(n > 1 for n in self.windows.kernel) else None
+        places = tensor_spec(self.input).shape[-self._extents :]
+        return "where its window reaches into the zero padding" if any(map(any, self.windows.pads(places))) else None
 
     @property
     def out_rows(self) -> bool:
         """Say whether the stored weight has the outputs in its first dimension."""
-        if self.is_convolution:
-            return not self.is_transposed
-        return (self.node.target is aten.linear.default) != self.turned
+        return not self.is_transposed if self.windows is not None else self.turned
 
     # -- as rows times a matrix --
 
@@ -179,19 +159,7 @@ class Consumer:
 
     def patches(self, x: Tensor) -> Tensor:
         """Return the rows of A as a view, ``(…, inputs, *taps)``, the leading dimensions being those of the output."""
-        n = self._extents
-        if n == 0:
-            return x
-        kernel = tensor_spec(self._weight_node).shape[2:]
-        dilation = self._each("dilation")
-        stride = [1] * n if self.is_transposed else self._each("stride")
-        if self.is_transposed:
-            x = self._spread(x)
-        x = functional.pad(x, [p for pair in reversed(self._padding()) for p in pair])
-        first = x.dim() - n
-        for d in range(n):  # each appends the taps of one dimension at the end
-            x = x.unfold(first + d, (kernel[d] - 1) * dilation[d] + 1, stride[d])[..., :: dilation[d]]
-        return x.movedim(first - 1, first - 1 + n)
+        return x if self.windows is None else self.windows.patches(x)
 
     def take(self, patches: Tensor, picked: Tensor) -> Tensor:
         """Return the rows of A that ``picked`` counts among the samples, ``(g, len(picked), inputs/g · taps)``."""
@@ -221,11 +189,14 @@ class Consumer:
         """Return the layer's output for another input than the graph's, with the tensors of ``graph``."""
         weight = graph.tensor(self.weight).detach()
         bias = None if self.bias is None else graph.tensor(self.bias).detach()
-        if not self.is_convolution:
+        if self.windows is None:
             return functional.linear(x, weight if self.out_rows else weight.mT, bias)
-        schema = self.node.target._schema.arguments  # type: ignore[union-attr]  # an operator has one
-        given = {"input": x, "weight": weight, "bias": bias}
-        found: Tensor = self.node.target(*[given.get(a.name, self.call[a.name]) for a in schema])  # type: ignore[operator]
+        given: dict[fx.Node, Any] = {self.input: x, self.product.right: weight}
+        if self.product.bias is not None:
+            given[self.product.bias] = bias
+        args = fx.node.map_arg(self.node.args, given.__getitem__)
+        kwargs = fx.node.map_arg(self.node.kwargs, given.__getitem__)
+        found: Tensor = self.node.target(*args, **kwargs)  # type: ignore[operator]  # a call's target can be called
         return found
 
     # -- the bias --
@@ -238,24 +209,24 @@ class Consumer:
         size = self.outputs
         zeros = nn.Parameter(torch.zeros(size, dtype=weight.dtype, device=weight.device), weight.requires_grad)
         name = add_tensor(graph, _bias_name(self.weight), zeros, sources={})
-        add = None
-        if self.call.has("bias"):
-            self.call["bias"] = read(graph, name, self.node)
-        else:
-            following = self.node.next
-            add = insert(graph, following, aten.add.Tensor, (self.node, read(graph, name, following)), like=self.node)
-            replace(self.node, add)
-        return Consumer(self.node, self.weight, self.turned, name, add)
+        if self.product.slot is not None:
+            node = read(graph, name, self.node)
+            Call(self.node)[self.product.slot] = node
+            return dataclasses.replace(self, product=dataclasses.replace(self.product, bias=node), bias=name)
+        following = self.node.next
+        target: Any = op("Add") if isinstance(self.node.target, Op) else aten.add.Tensor
+        add = insert(graph, following, target, (self.node, read(graph, name, following)), like=self.node)
+        replace(self.node, add)
+        return dataclasses.replace(self, bias=name, add=add)
 
     def without_bias(self, graph: Graph) -> None:
         """Take away the bias that :meth:`with_bias` gave."""
         assert self.bias is not None
         if self.add is None:
-            node = self.call["bias"]
-            if "bias" in self.node.kwargs:
-                self.node.kwargs = {name: value for name, value in self.node.kwargs.items() if name != "bias"}
-            else:
-                self.call["bias"] = None
+            assert self.product.slot is not None
+            assert self.product.bias is not None
+            node = self.product.bias
+            Call(self.node).leave_out(self.product.slot)
         else:
             node = self._added
             replace(self.add, self.node)
@@ -264,11 +235,6 @@ class Consumer:
         remove_tensor(graph, self.bias)
 
     # -- details --
-
-    @cached_property
-    def _weight_node(self) -> fx.Node:
-        found: fx.Node = self.call["weight"]
-        return found
 
     @property
     def _added(self) -> fx.Node:
@@ -281,38 +247,7 @@ class Consumer:
 
     @property
     def _extents(self) -> int:
-        return len(tensor_spec(self._weight_node).shape) - 2 if self.is_convolution else 0
-
-    def _each(self, name: str) -> list[int]:
-        """Return an argument of a convolution for each dimension of places."""
-        value = [int(v) for v in self.call[name]]
-        return value * self._extents if len(value) == 1 else value
-
-    def _padding(self) -> list[tuple[int, int]]:
-        kernel = tensor_spec(self._weight_node).shape[2:]
-        reach = [d * (k - 1) for d, k in zip(self._each("dilation"), kernel, strict=True)]
-        padding = self.call["padding"]
-        if padding == "valid":
-            return [(0, 0)] * self._extents
-        if padding == "same":
-            return [(r // 2, r - r // 2) for r in reach]
-        sides = self._each("padding")
-        if not self.is_transposed:
-            return [(p, p) for p in sides]
-        more = self._each("output_padding")
-        return [(r - p, r - p + o) for r, p, o in zip(reach, sides, more, strict=True)]
-
-    def _spread(self, x: Tensor) -> Tensor:
-        """Put ``stride − 1`` zeros between neighbours, as a transposed convolution does."""
-        stride = self._each("stride")
-        lead = x.dim() - self._extents
-        shape = [*x.shape[:lead], *((n - 1) * s + 1 for n, s in zip(x.shape[lead:], stride, strict=True))]
-        spread = x.new_zeros(shape)
-        places = spread
-        for d, s in enumerate(stride):  # a view of every s-th place
-            places = places.unfold(lead + d, 1, s).squeeze(-1)
-        places.copy_(x)
-        return spread
+        return len(self.windows.kernel) if self.windows is not None else 0
 
 
 # -- finding --------------------------------------------------------------------------------------------------------
@@ -348,63 +283,74 @@ def _origin(graph: Graph, node: fx.Node, origins: Mapping[fx.Node, str | None]) 
 
 def _weight_operand(node: fx.Node, origins: Mapping[fx.Node, str | None]) -> fx.Node | None:
     """Return the operand that stands where a weight stands, if it follows from a parameter."""
-    if node.target is aten.linear.default or node.target in _CONVOLUTIONS:
-        found = Call(node)["weight"]
-    elif node.target in _PRODUCTS or node.target is aten.addmm.default:
-        first, second = node.args[-2:]
-        found = second if isinstance(second, fx.Node) and origins[second] is not None else first
-    elif _is_other(node):
-        found = next((n for n in node.all_input_nodes if origins[n] is not None), None)
-    else:
+    if _is_other(node):
+        return next((n for n in node.all_input_nodes if origins[n] is not None), None)
+    product = product_of(node)
+    if product is None:
         return None
-    return found if isinstance(found, fx.Node) and origins[found] is not None else None
+    from_right = product.is_linear or origins[product.right] is not None
+    found = product.right if from_right else product.left
+    return found if origins[found] is not None else None
 
 
 def _read(graph: Graph, node: fx.Node, operand: fx.Node, origin: str) -> Consumer | Refusal:
     """Return the layer that ``node`` is, whose weight is ``operand`` and follows from the parameter ``origin``."""
-    if _is_other(node):
+    product = product_of(node)
+    rank = len(tensor_spec(operand).shape)
+    if product is None or _is_other(node):
         return Refusal(node, origin, f"{_words(node)} is an operator that this pass does not take apart")
     traced = _stored(operand)
     if traced is None:
         return Refusal(node, origin, f"the weight of {node.name} is computed by {operand.name}, and is no parameter")
     weight, turned = traced
-    if operand is node.args[0] and node.target in _PRODUCTS:
-        return Refusal(
-            node, weight, f"{_words(node)} multiplies with it from the left, along other places than channels"
-        )
-    call = Call(node)
-    rank = len(tensor_spec(operand).shape)
-    if node.target not in _CONVOLUTIONS and rank != 2:
-        return Refusal(node, weight, f"{_words(node)} has a weight of {rank} dimensions; a linear layer's has 2")
-    if node.target in _PRODUCTS:
-        return _with_attached_bias(graph, Consumer(node, weight, turned))
-    if node.target is aten.addmm.default and (call["alpha"] != 1 or call["beta"] != 1):
-        return Refusal(node, weight, f"{_words(node)} scales its terms (alpha {call['alpha']}, beta {call['beta']})")
-    bias = call["self"] if node.target is aten.addmm.default else call["bias"]
-    if bias is None:
-        return Consumer(node, weight, turned)
-    name = _plain(graph, bias)
+    reason = _unlike_a_layer(product, operand, rank)
+    if reason is not None:
+        return Refusal(node, weight, f"{_words(node)} {reason}")
+    found = Consumer(product, weight, turned != product.turned[1])
+    if product.bias is None:
+        return found if product.slot is not None else _with_attached_bias(graph, found)
+    name = _plain(graph, product.bias)
     if name is None:
         return Refusal(
-            node, weight, f"the bias of {node.name} is computed by {bias.name} and is no parameter by itself"
+            node, weight, f"the bias of {node.name} is computed by {product.bias.name} and is no parameter by itself"
         )
-    return Consumer(node, weight, turned, name)
+    return dataclasses.replace(found, bias=name)
+
+
+def _unlike_a_layer(product: Product, weight: fx.Node, rank: int) -> str | None:
+    """Say why a product with a parameter is no layer; None if it is one."""
+    if weight is product.left:
+        return "multiplies with it from the left, along other places than channels"
+    if product.windows is None and rank != 2:
+        return f"has a weight of {rank} dimensions; a linear layer's has 2"
+    if product.turned[0]:
+        return "reads its input turned, its channels along the rows"
+    if product.then is not None:
+        return f"{product.then} after the sum"
+    if product.scale != 1 or product.bias_scale != 1:
+        return f"scales its terms (alpha {product.scale:g}, beta {product.bias_scale:g})"
+    return None
 
 
 def _is_other(node: fx.Node) -> bool:
     """Say whether a node multiplies in another way than a layer: a contraction of its own, or experts side by side."""
-    return node.target in _OTHERS or "grouped_mm" in str(node.target)
+    return operator_key(node) in _OTHERS or "grouped_mm" in str(node.target)
 
 
 def _stored(node: fx.Node) -> tuple[str, bool] | None:
     """Return the tensor that a node reads, and whether its two dimensions are exchanged; None for anything else."""
     turned = False
     while node.op == "call_function":
-        if node.target not in _TURNS or len(tensor_spec(node).shape) != 2:
+        if operator_key(node) not in _TURNS or len(tensor_spec(node).shape) != 2:
             return None
-        dims = Call(node)["dims"] if node.target is aten.permute.default else (1, 0)
-        if node.target is aten.transpose.int:
-            dims = (1, 0) if (node.args[1] - node.args[2]) % 2 else (0, 1)  # type: ignore[operator]  # both are numbers
+        call = Call(node)
+        dims = (1, 0)
+        if node.target is aten.permute.default:
+            dims = call["dims"]
+        elif node.target is aten.transpose.int:
+            dims = (1, 0) if (call["dim0"] - call["dim1"]) % 2 else (0, 1)
+        elif isinstance(node.target, Op):
+            dims = call["perm"] or dims
         turned ^= [d % 2 for d in dims] == [1, 0]
         node = node.args[0]  # type: ignore[assignment]  # what is turned is a node
     return (str(node.target), turned) if node.op == "get_attr" else None
@@ -422,13 +368,13 @@ def _with_attached_bias(graph: Graph, consumer: Consumer) -> Consumer:
     """Take the sum that follows a product for its bias, where one of its terms is a parameter of the output's width."""
     node = consumer.node
     user = next(iter(node.users), None)
-    if len(node.users) != 1 or user is None or user.target is not aten.add.Tensor or user.kwargs.get("alpha", 1) != 1:
+    if len(node.users) != 1 or user is None or operator_key(user) not in _SUMS or user.kwargs.get("alpha", 1) != 1:
         return consumer
     other = user.args[1] if user.args[0] is node else user.args[0]
     name = _plain(graph, other)
     if name is None or graph.tensor(name).shape[0] != tensor_spec(node).shape[-1]:
         return consumer
-    return Consumer(node, consumer.weight, consumer.turned, name, user)
+    return dataclasses.replace(consumer, bias=name, add=user)
 
 
 def _words(node: fx.Node) -> str:

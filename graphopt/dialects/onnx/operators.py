@@ -176,6 +176,11 @@ class Parameter:
         """Say whether a call may leave it out."""
         return self.kind != "tensor"
 
+    @property
+    def by_position(self) -> bool:
+        """Say whether a call gives it by its position alone: an input."""
+        return self.kind != "attribute"
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
