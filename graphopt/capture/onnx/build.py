@@ -115,6 +115,7 @@ class Builder:
         self._stored = stored
         self._metadata = metadata
         self._known: dict[Any, tuple[Type, ...]] = {}
+        self._last: fx.Node | None = None
         self._parts: set[str] = set()
         self._taken: set[str] = set()
 
@@ -146,12 +147,15 @@ class Builder:
         return found
 
     def _attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
-        """Add a tensor to the module and a node in front of all others that reads it."""
+        """Add a tensor to the module, and a node that reads it in front of all calls; in the order of first use."""
         path = self._fresh(name)
         set_tensor(self.module, path, tensor)
-        first = next(iter(self.graph.nodes), None)
-        with self.graph.inserting_before(first):
-            node = self.graph.create_node("get_attr", path)
+        if self._last is None:
+            insertion = self.graph.inserting_before(next(iter(self.graph.nodes), None))
+        else:
+            insertion = self.graph.inserting_after(self._last)
+        with insertion:
+            node = self._last = self.graph.create_node("get_attr", path)
         node.meta[SPEC] = TensorSpec.of(tensor)
         return node
 
@@ -636,7 +640,7 @@ def owner_of(node: Any, metadata: Mapping[str, str]) -> str:
     if node.name.startswith("/"):
         parts = node.name.split("/")[1:-1]
         names: list[str] = []
-        for part in parts:  # each part repeats the ones before it, or goes on from them
-            names = part.split(".") if part.startswith(".".join([*names, ""])) and names else [*names, part]
+        for part in parts:  # "blocks" and then "blocks.0" are one step
+            names = [*names[:-1], part] if names and part.startswith(f"{names[-1]}.") else [*names, part]
         return ".".join(names)
     return str(node.name)

@@ -367,3 +367,40 @@ class TestInputs:
 
 def test_capture_is_public() -> None:
     assert graphopt.inspect(heads(ARITHMETIC["copied sizes"])).groups is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "scopes", "owner"),
+    [
+        ("/layer1/layer1.0/conv1/Conv", None, "layer1.0.conv1"),
+        ("/layers.0/blocks/blocks.1/attn/qkv/MatMul", None, "layers.0.blocks.1.attn.qkv"),
+        ("/Reshape", None, ""),
+        ("node_conv2d", "['', 'layer1', 'layer1.0', 'layer1.0.conv1', 'conv2d']", "layer1.0.conv1"),
+        ("node_conv2d", "not a list", "node_conv2d"),
+        ("Conv_7", None, "Conv_7"),
+    ],
+)
+def test_owners_are_read_from_what_exporters_write(name: str, scopes: str | None, owner: str) -> None:
+    model = parsed("out = Relu (x)", inputs="float[n, 2] x", outputs="float[n, 2] out")
+    model.graph.node[0].name = name
+    if scopes is not None:
+        model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    (call,) = [node for node in capture(model).nodes if node.op == "call_function"]
+    assert call.meta["owner"] == owner
+
+
+def test_tensors_stand_in_the_order_of_first_use() -> None:
+    model = parsed(
+        "p = MatMul (x, w) q = Add (p, b) out = MatMul (q, v)",
+        inputs="float[n, 6] x",
+        outputs="float[n, 6] out",
+        weights={"v": WEIGHT.T.copy(), "b": WEIGHT[0], "w": WEIGHT},
+    )
+    assert list(capture(model).tensors()) == ["w", "b", "v"]
+
+
+def test_a_model_of_onnx_becomes_a_program_of_torch(tmp_path: Path) -> None:
+    result = graphopt.optimize(heads(ARITHMETIC["copied sizes"]), target="torch", output=tmp_path)
+    program = torch.export.load(result.artifacts["pt2"])
+    x = torch.randn(3, 5, 6)
+    torch.testing.assert_close(program.module()(x), result.module(x))
