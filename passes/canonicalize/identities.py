@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -18,8 +18,22 @@ from torch import fx
 
 from graphopt.dialects.aten.common import overloads
 from graphopt.graph import MODE, Call, TensorSpec, spec_of
+from graphopt.passes.extents import Extents
 
-__all__ = ["LAYOUT", "RESHAPING", "RULES", "Facts", "Instead", "Kept", "Same", "permutation"]
+__all__ = [
+    "LAYOUT",
+    "RESHAPING",
+    "RULES",
+    "Facts",
+    "Instead",
+    "Kept",
+    "Rule",
+    "Same",
+    "holds",
+    "permutation",
+    "same_elements",
+    "same_type",
+]
 
 aten = torch.ops.aten
 
@@ -39,12 +53,16 @@ class Same:
 
 @dataclass(frozen=True)
 class Instead:
-    """Say that another call, of ``target``, computes the same; ``args[0]`` is what it reads in place of ``through``."""
+    """Say that another call, of ``target``, computes the same.
+
+    ``args[0]``, or what it lists, is what the call reads in place of ``through``.
+    """
 
     target: Any
     args: tuple[Any, ...]
     what: str
     through: fx.Node
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,10 +74,19 @@ class Kept:
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules need to know besides the call: whether training counts, and whether there is only one device."""
+    """What rules need to know besides the call.
+
+    Attributes:
+        trainable: Whether training counts.
+        one_device: Whether all tensors live on one device.
+        constant: Gives the values of a tensor of the model that stay as they are; None for anything else.
+        extents: Tells which sizes are equal though they vary.
+    """
 
     trainable: bool
     one_device: bool
+    constant: Callable[[Any], torch.Tensor | None] = lambda node: None
+    extents: Extents = field(default_factory=Extents)
 
 
 Rule = Callable[[Call, Facts], Same | Instead | Kept | None]
@@ -73,12 +100,12 @@ def _spec(value: Any) -> TensorSpec | None:
     return spec if isinstance(spec, TensorSpec) else None
 
 
-def _same_type(node: fx.Node, value: fx.Node) -> bool:
+def same_type(node: fx.Node, value: fx.Node) -> bool:
     """Say whether two values have the same element type and, as far as types tell, the same shape."""
     return _spec(value) is not None and _spec(node) == _spec(value)
 
 
-def _same_elements(node: fx.Node, value: fx.Node) -> bool:
+def same_elements(node: fx.Node, value: fx.Node) -> bool:
     """Say whether two values of equally many elements have the same shape, whatever the inputs' sizes.
 
     One dimension that varies follows from the number of elements; two could differ from each other.
@@ -157,13 +184,13 @@ def _cast(call: Call, facts: Facts) -> Same | Instead | None:
         return None
     x = call.node.args[0]
     assert isinstance(x, fx.Node)
-    if _same_type(call.node, x):
+    if same_type(call.node, x):
         return Same(x, f"casts to {_dtype(call.out.dtype)}, which it is")
     before = _first(x) if _is_cast(x, facts) else None
-    if before is None or not _holds(call.spec("self").dtype, Call(x).spec("self").dtype):
+    if before is None or not holds(call.spec("self").dtype, Call(x).spec("self").dtype):
         return None
     what = f"casts to {_dtype(call.spec('self').dtype)} on the way, which loses nothing"
-    if _same_type(call.node, before):
+    if same_type(call.node, before):
         return Same(before, what, through=x)
     return Instead(aten.to.dtype, (before, call.out.dtype), what, x)
 
@@ -172,7 +199,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Say whether every value of ``narrow`` is one of ``wide``."""
     if narrow is torch.bool or wide is narrow:
         return True
@@ -197,7 +224,7 @@ def _neutral(call: Call, facts: Facts, *, argument: str, value: float, words: st
     if call.has("rounding_mode") and call["rounding_mode"] is not None:
         return None
     x = call.node.args[0]
-    return Same(x, words) if isinstance(x, fx.Node) and _same_type(call.node, x) else None
+    return Same(x, words) if isinstance(x, fx.Node) and same_type(call.node, x) else None
 
 
 def _repeated(call: Call, facts: Facts) -> Same | None:
@@ -206,7 +233,7 @@ def _repeated(call: Call, facts: Facts) -> Same | None:
     if not isinstance(x, fx.Node) or not isinstance(x.target, torch._ops.OpOverload) or MODE in call.node.meta:
         return None
     same = _functional(call.node.target) == _functional(x.target)
-    if not same or call.node.args[1:] != x.args[1:] or call.node.kwargs != x.kwargs or not _same_type(call.node, x):
+    if not same or call.node.args[1:] != x.args[1:] or call.node.kwargs != x.kwargs or not same_type(call.node, x):
         return None
     return Same(x, f"repeats {x.name}", through=x)
 
@@ -242,7 +269,7 @@ def _one_part(call: Call, facts: Facts) -> Same | Instead | None:
     (x, *others) = call["tensors"]
     if others or not isinstance(x, fx.Node):
         return None
-    return Same(x, "joins one tensor") if _same_type(call.node, x) else None
+    return Same(x, "joins one tensor") if same_type(call.node, x) else None
 
 
 def _nothing_rolled(call: Call, facts: Facts) -> Same | None:
@@ -255,7 +282,7 @@ def _nothing_rolled(call: Call, facts: Facts) -> Same | None:
 
 def _no_repeats(call: Call, facts: Facts) -> Same | None:
     counts = call["repeats"] if call.has("repeats") else call["dims"]
-    if any(isinstance(n, fx.Node) or n != 1 for n in counts) or not _same_type(call.node, call["self"]):
+    if any(isinstance(n, fx.Node) or n != 1 for n in counts) or not same_type(call.node, call["self"]):
         return None
     return Same(call["self"], "repeats once")
 
@@ -263,7 +290,7 @@ def _no_repeats(call: Call, facts: Facts) -> Same | None:
 def _no_expansion(call: Call, facts: Facts) -> Same | None:
     x, sizes = call["self"], call["size"]
     spec = _spec(x)
-    if spec is None or not _same_type(call.node, x):
+    if spec is None or not same_type(call.node, x):
         return None
     for dim, entry in enumerate(sizes):
         known = entry == -1 if isinstance(entry, int) else _is_size(entry, x, dim)
@@ -275,7 +302,7 @@ def _no_expansion(call: Call, facts: Facts) -> Same | None:
 def _no_expansion_as(call: Call, facts: Facts) -> Same | None:
     x = call["self"]
     spec = _spec(x)
-    if spec is None or any(spec.dynamic) or not _same_type(call.node, x):
+    if spec is None or any(spec.dynamic) or not same_type(call.node, x):
         return None
     return Same(x, "expands to the shape it has")
 
@@ -289,7 +316,7 @@ def _one_split(node: fx.Node) -> Same | None:
     if not isinstance(spec, tuple) or len(spec) != 1:
         return None
     x = parts.args[0]
-    return Same(x, "splits into one part", through=parts) if isinstance(x, fx.Node) and _same_type(node, x) else None
+    return Same(x, "splits into one part", through=parts) if isinstance(x, fx.Node) and same_type(node, x) else None
 
 
 # -- resampling --
@@ -301,7 +328,7 @@ def _same_size(call: Call, facts: Facts) -> Same | None:
     scales = [call[name] for name in ("scale_factors", "scales", "scales_h", "scales_w", "scales_d") if call.has(name)]
     flat = [s for scale in scales for s in (scale if isinstance(scale, list | tuple) else [scale]) if s is not None]
     spec = _spec(x)
-    if spec is None or any(isinstance(s, fx.Node) or s != 1 for s in flat) or not _same_type(call.node, x):  # type: ignore[arg-type]
+    if spec is None or any(isinstance(s, fx.Node) or s != 1 for s in flat) or not same_type(call.node, x):  # type: ignore[arg-type]
         return None
     known = bool(flat) or not any(spec.dynamic[2:])
     return Same(x, "resamples to the size it has") if known else None  # type: ignore[arg-type]
@@ -316,7 +343,7 @@ def _one_pixel(call: Call, facts: Facts) -> Same | None:
     else:
         kernel, stride, padding = (_flat(call[name]) for name in ("kernel_size", "stride", "padding"))
         done = set(kernel) == {1} and set(stride) <= {1} and set(padding) <= {0}
-    return Same(x, "pools over one pixel") if done and _same_type(call.node, x) else None
+    return Same(x, "pools over one pixel") if done and same_type(call.node, x) else None
 
 
 def _rank(call: Call) -> int:
@@ -335,12 +362,12 @@ def _reshape(call: Call, facts: Facts) -> Same | Instead | None:
     node, x = call.node, _first(call.node)
     if x is None or _squeezes_dynamic(node):
         return None
-    if _same_elements(node, x):
+    if same_elements(node, x):
         return Same(x, "keeps the shape")
     before = _first(x) if x.target in RESHAPING and not _squeezes_dynamic(x) else None
     if before is None or _spec(x).dtype is not _spec(before).dtype:  # type: ignore[union-attr]
         return None
-    if _same_elements(node, before):
+    if same_elements(node, before):
         return Same(before, f"undoes {x.name}", through=x)
     if node.target not in _EXPLICIT or (len(x.users) > 1 and x.target not in _VIEWING):
         return None

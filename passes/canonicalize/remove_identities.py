@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import ClassVar
 
 import torch
@@ -13,10 +14,13 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from graphopt.aliases import written
+from graphopt.dialects.onnx.operators import Op
 from graphopt.editing import insert, remove_dead, replace
 from graphopt.graph import Call, Graph
-from graphopt.passes.canonicalize.identities import LAYOUT, RULES, Facts, Instead, Kept, Same
+from graphopt.passes.canonicalize.identities import LAYOUT, RULES, Facts, Instead, Kept, Rule, Same
 from graphopt.passes.canonicalize.memory import Memory
+from graphopt.passes.canonicalize.onnx_identities import rule_of
+from graphopt.passes.onnx_calls import constant
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
 from graphopt.report.wording import plural
 
@@ -54,7 +58,12 @@ class RemoveIdentities(Pass):
             context.applied("dead code", what, nodes=list(dead.nodes), tensors=list(dead.tensors))
         allows = cache(context.allows)
         while True:
-            sweep = _Sweep(graph, Facts(self.trainable, _one_device(graph)), context, allows)
+            facts = Facts(
+                self.trainable,
+                _one_device(graph),
+                partial(constant, graph, parameters=not self.trainable),
+            )
+            sweep = _Sweep(graph, facts, context, allows)
             if not sweep.run():
                 break
             remove_dead(graph)
@@ -81,10 +90,10 @@ class _Sweep:
         done = 0
         loosened = False
         for node in list(self.graph.nodes):
-            rule = RULES.get(node.target) if node.op == "call_function" else None
+            rule = (RULES.get(node.target) or rule_of(node)) if node.op == "call_function" else None
             if rule is None:
                 continue
-            found = rule(Call(node), self.facts)
+            found = self._found(rule, node)
             if found is None:
                 continue
             reason = found.reason if isinstance(found, Kept) else self._why_not(node, found)
@@ -101,12 +110,18 @@ class _Sweep:
             self._loosen()
         return done
 
+    def _found(self, rule: Rule, node: fx.Node) -> Same | Instead | Kept | None:
+        found = rule(Call(node), self.facts)
+        if node.target is operator.getitem and found is None and (other := rule_of(node)) is not None:
+            found = other(Call(node), self.facts)
+        return found
+
     def _apply(self, node: fx.Node, found: Same | Instead) -> None:
         if isinstance(found, Same):
             new = found.value
             self.memory.join(node, new)
         else:
-            new = insert(self.graph, node, found.target, found.args, like=node)
+            new = insert(self.graph, node, found.target, found.args, found.kwargs, like=node)
             self.memory.insert(new, node)
         replace(node, new)
         if written(node):  # and changes nothing by it
@@ -116,7 +131,7 @@ class _Sweep:
     def _why_not(self, node: fx.Node, found: Same | Instead) -> str | None:
         through = found.through
         value = found.value if isinstance(found, Same) else found.args[0]
-        if through is not None:
+        if through is not None and isinstance(value, fx.Node):  # of ONNX's operators, which take lists, none writes
             for each in (through, value):
                 writer = self.memory.writer_between(each, through, node)
                 if writer is not None:
@@ -140,6 +155,8 @@ class _Sweep:
         """Say what in the graph reads how memory is laid out, if anything does."""
         for node in self.graph.nodes:
             if node.op != "call_function" or not hasattr(node.target, "_schema"):
+                continue
+            if isinstance(node.target, Op):
                 continue
             if node.target in LAYOUT or node.target.namespace not in ("aten", "prims"):
                 return f"{node.name} ({node.target}) reads how memory is laid out"
