@@ -179,8 +179,8 @@ def _bounds(call: Call) -> tuple[float, float] | None:
 
 
 def _one_operand(call: Call, facts: Facts) -> Same | None:
-    (x, *others) = call.node.args[0]  # type: ignore[misc, union-attr]
-    return None if others else Same(x, "has one operand")  # type: ignore[arg-type]
+    values: Any = call.node.args[0]
+    return Same(values[0], "has one operand") if len(values) == 1 else None
 
 
 def _where(call: Call, facts: Facts) -> Same | Kept | None:
