@@ -9,10 +9,13 @@ running each operator on tensors without values, so a model of any size is read 
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Final
 
 import numpy as np
@@ -124,6 +127,7 @@ class Builder:
     def input(self, name: str, tensor: torch.Tensor, probe: tuple[int, ...], varying: Sequence[int]) -> None:
         """Add an input of the model."""
         node = self.graph.placeholder(_identifier(name))
+        node.target = node.name  # the generated code binds the target, which need not be unique as the name is
         found = Found(name, tuple(tensor.shape), probe, tensor.dtype, lambda: node, varying=frozenset(varying))
         node.meta.update({SPEC: found.spec, ONNX: (name, (name,))})
         self.values[name] = found
@@ -156,14 +160,15 @@ class Builder:
             insertion = self.graph.inserting_after(self._last)
         with insertion:
             node = self._last = self.graph.create_node("get_attr", path)
+        if node.name == "self":
+            node._rename("self_")  # the code reads tensors from self
         node.meta[SPEC] = TensorSpec.of(tensor)
         return node
 
     def _fresh(self, name: str) -> str:
         """Return a name under which the module can hold a tensor: the file's own wherever that is possible."""
         parts = [part for part in name.split(".") if part] or ["tensor"]
-        if parts[0] in _RESERVED or hasattr(nn.Module, parts[0]):
-            parts[0] = f"{parts[0]}_"
+        parts = [_attribute_name(part) for part in parts]
         path = ".".join(parts)
         while path in self._taken or path in self._parts or any(p in self._taken for p in _prefixes(path)):
             path = f"{path.replace('.', '_')}_"
@@ -337,9 +342,12 @@ class Builder:
             return None if value is None else _tensor(value.entries, value.dtype)
 
         args = [_argument(target, name, value, lambda v: real(v), None) for name, value in operands.items()]
+        given = _with_outputs(target, attributes, count)
         try:
-            found = target(*args, **_with_outputs(target, attributes, count))
-        except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+            if not _is_small_result(target, operands, given):
+                return None
+            found = target(*args, **given)
+        except _FAILURES:
             return None  # as a node, it is refused where its types are told
         results = list(found) if isinstance(found, list | tuple) else [found]
         if all(isinstance(r, torch.Tensor) and _is_small(tuple(r.shape), r.dtype) for r in results):
@@ -420,12 +428,12 @@ class Builder:
         if known is not None:
             return known
         try:
-            found = target(*(_on_meta(argument) for argument in args), **attributes)
+            found = _without_values(target, args, attributes)
         except NotImplementedError as error:
             raise UnsupportedOperatorError(
                 f"node {node.name!r} ({target}): the shape of its result is not known without its values ({error})"
             ) from error
-        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
+        except _FAILURES as error:
             shapes = [list(v.probe if probe else v.shape) for v in operands.values() if isinstance(v, Found)]
             raise MisfitError(
                 f"node {node.name!r} ({target}) does not take operands of shape {shapes}: "
@@ -433,6 +441,13 @@ class Builder:
                 probe=probe,
             ) from error
         results = found if isinstance(found, list | tuple) else [found]
+        for each in results:
+            if each.numel() > LARGEST_VALUE:
+                raise MisfitError(
+                    f"node {node.name!r} ({target}) yields {list(each.shape)}, {each.numel()} entries; at most "
+                    f"{LARGEST_VALUE} are computed with",
+                    probe=probe,
+                )
         types = tuple((tuple(each.shape), each.dtype) for each in results)
         if key is not None:
             self._known[key] = types
@@ -481,13 +496,50 @@ class _Once:
         return self._found
 
 
-_RESERVED: Final = frozenset(("forward", "graph", "code", "meta", "training", "T_destination", "call_super_init"))
+LARGEST_VALUE: Final = 1 << 33
+"""Most entries that a value may have for the example inputs: what claims more is a mistake, or made to do harm."""
+
+_FAILURES: Final = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
+)
+"""What an operator may raise that is given operands or attributes that it does not take."""
+
 _RANDOM: Final = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout")
 )
 _WITH_BODIES: Final = frozenset(("If", "Loop", "Scan", "SequenceMap"))
 _SIZED: Final[dict[str, str]] = {"Reshape": "shape", "ConstantOfShape": "input"}
 """Operators whose operand has one entry a dimension of the result."""
+
+
+@cache
+def _reserved() -> frozenset[str]:
+    """Return the names that a module has already, of which none can be a tensor's."""
+    return frozenset((*dir(TraceModule(nn.Module(), fx.Graph())), "T_destination", "call_super_init"))
+
+
+def _without_values(target: Op, args: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
+    """Call an operator on tensors of these types without values.
+
+    What makes a tensor of numbers alone makes it without values, too.
+    """
+    given = [_on_meta(argument) for argument in args]
+    tensors = (each for value in given for each in (value if isinstance(value, list) else [value]))
+    if any(isinstance(each, torch.Tensor) for each in tensors):
+        return target(*given, **attributes)
+    with torch.device("meta"):
+        return target(*given, **attributes)
+
+
+def _is_small_result(target: Op, operands: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
+    """Say whether an operator's results have few enough entries to compute them while a graph is read."""
+    args = [_argument(target, name, value, lambda v: (v.shape, v.dtype), None) for name, value in operands.items()]
+    try:
+        found = _without_values(target, args, attributes)
+    except NotImplementedError:  # as many as its values say, which are few
+        return True
+    results = found if isinstance(found, list | tuple) else [found]
+    return all(isinstance(r, torch.Tensor) and _is_small(tuple(r.shape), r.dtype) for r in results)
 
 
 def _unmade() -> fx.Node:
@@ -610,7 +662,23 @@ def _prefixes(path: str) -> list[str]:
 
 
 def _identifier(name: str) -> str:
-    return re.sub(r"\W+", "_", name).strip("_") or "value"
+    """Return a name for a node: its characters go into code, so that none but letters, digits and _ may stay."""
+    found = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "value"
+    return f"{found}_" if found == "self" else found
+
+
+def _attribute_name(part: str) -> str:
+    """Return a part of a tensor's name as a module can have it, unchanged where that is possible.
+
+    ``torch.fx`` writes it into the code of ``forward`` as it is: after a dot, or between quotes.
+    """
+    if part.isidentifier():
+        plain = not keyword.iskeyword(part) and unicodedata.normalize("NFKC", part) == part
+    else:
+        plain = part.isprintable() and not set(part) & set('"\\{}')
+    if not plain:
+        part = re.sub(r"\W", "_", part, flags=re.ASCII) + "_"
+    return f"{part}_" if part in _reserved() else part
 
 
 def _attribute_of(module: nn.Module, path: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,6 +18,10 @@ BATCH: Final = 2
 LENGTH: Final = 16
 EXTENTS: Final = (224, 64, 256, 32, 512)
 """Sizes that are tried for the height and width of images, in order."""
+
+
+LARGEST: Final = 1 << 28
+"""Most entries of an example input that is made here."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,12 @@ def invented(inputs: Sequence[Input]) -> Iterator[list[torch.Tensor]]:
     for batch, extent in tried:
         sizes: dict[str, int] = {}
         shapes = [_shape(each, sizes, batch, extent) for each in inputs]
+        for each, shape in zip(inputs, shapes, strict=True):
+            if math.prod(shape) > LARGEST:
+                raise CaptureError(
+                    f"input {each} would have {math.prod(shape):.3g} entries in an example of shape {list(shape)}; at "
+                    f"most {LARGEST} are invented: pass example_inputs"
+                )
         yield [_random(each, shape) for each, shape in zip(inputs, shapes, strict=True)]
 
 

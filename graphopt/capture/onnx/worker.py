@@ -15,7 +15,7 @@ import os
 import sys
 from typing import Any
 
-MEMORY_LIMIT = 8 << 30
+MEMORY_LIMIT = 4 << 30
 """Bytes of address space that the process may use."""
 
 _TYPES = "tensor_type", "sparse_tensor_type"
@@ -51,7 +51,7 @@ def perform(tasks: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
             step = "infer"
             found["types"] = _types(onnx, model)
     except MemoryError:
-        return {"failed": step, "message": "out of memory"}, b""
+        return {"failed": step, "message": "it takes more memory than onnx is given"}, b""
     except Exception as error:  # noqa: BLE001 - of any type that C++ raises
         return {"failed": step, "message": f"{error}"}, b""
     changed = tasks.get("inline") or tasks.get("convert")
