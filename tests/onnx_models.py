@@ -19,13 +19,15 @@ from graphopt.testing import Trial, try_pass
 def parsed(head: str, body: str, weights: Mapping[str, Any] | None = None, *, opset: int = 20) -> onnx.ModelProto:
     """Return the model ``head { body }``, ``head`` being ``(float[N,3] x) => (float[N,3] y)``.
 
-    ``weights`` gives each initializer's shape, filled with random numbers, or its values.
+    ``weights`` gives each initializer's shape, filled with random numbers, or its values; they are double where the
+    head says that of an input.
     """
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]>\ng {head} {{ {body} }}')
     random = np.random.default_rng(0)
+    real: Any = np.float64 if "double[" in head else np.float32
     for name, given in (weights or {}).items():
-        values = random.standard_normal(given).astype(np.float32) if isinstance(given, tuple) else np.asarray(given)
-        values = values.astype(np.float32) if values.dtype == np.float64 else values
+        values = random.standard_normal(given) if isinstance(given, tuple) else np.asarray(given)
+        values = values.astype(real) if values.dtype.kind == "f" else values
         model.graph.initializer.append(numpy_helper.from_array(values, name))
     return model
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, fx
 
+from graphopt.dialects.products import operator_key
 from graphopt.errors import PipelineError
 from graphopt.graph import Call, Graph
 from graphopt.importance.criterion import ScoreContext, Scores
@@ -20,7 +21,12 @@ __all__ = ["BNGamma"]
 
 aten = torch.ops.aten
 
-BATCH_NORMS = frozenset({aten.batch_norm.default, aten._native_batch_norm_legit_no_training.default})
+BATCH_NORMS: Final[dict[Any, str]] = {
+    aten.batch_norm.default: "weight",
+    aten._native_batch_norm_legit_no_training.default: "weight",
+    "BatchNormalization": "scale",
+}
+"""The argument of each batch norm that holds its scale."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,13 @@ class BNGamma:
         return normalize(with_magnitudes(found, context, "no batch norm has it"), self.normalizer, context)
 
 
-def _batch_norms(graph: Graph) -> Iterator[Call]:
-    return (Call(node) for node in graph.nodes if node.op == "call_function" and node.target in BATCH_NORMS)
+def _batch_norms(graph: Graph) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if node.op == "call_function" and operator_key(node) in BATCH_NORMS)
 
 
 def _scales(graph: Graph) -> dict[str, None]:
     """Return the names of the tensors that batch norms scale by, each once, in graph order."""
-    weights = [call["weight"] for call in _batch_norms(graph)]
+    weights = [Call(node)[BATCH_NORMS[operator_key(node)]] for node in _batch_norms(graph)]
     return dict.fromkeys(str(w.target) for w in weights if isinstance(w, fx.Node) and w.op == "get_attr")
 
 

@@ -5,15 +5,17 @@ What may live here: the forms a batch can have, and the default loss. Nothing he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils import _pytree as pytree
 
+from graphopt.dialects.onnx.facts import facts_of, is_onnx
 from graphopt.errors import PipelineError
 from graphopt.graph import Graph
 
@@ -37,17 +39,21 @@ def batches(calibration: Iterable[Any], graph: Graph) -> Iterator[Batch]:
 
     A batch is what the model takes: a tensor, a tuple or list of positional inputs, or a mapping of keyword inputs; or
     a pair of that and labels. A pair is taken for `(inputs, labels)` where its first entry alone can be the inputs: it
-    is a tuple, list or mapping, or the model takes a single positional input.
+    is a tuple, list or mapping, or the model takes a single positional input. NumPy arrays stand for tensors. The
+    inputs of an ONNX model come in the order of the file, or in a mapping by the file's names.
 
     Raises:
-        PipelineError: a batch is of another type.
+        PipelineError: a batch is of another type, or does not have the inputs of the ONNX file.
     """
     positional = len(graph.example_inputs[0])
+    named = [value.name for value in facts_of(graph).inputs] if is_onnx(graph) else None
     for index, item in enumerate(calibration):
         if isinstance(item, tuple | list) and len(item) == 2 and _stands_alone(item[0], positional):
-            yield _batch(item[0], item[1], index)
+            inputs, labels = item
         else:
-            yield _batch(item, None, index)
+            inputs, labels = item, None
+        batch = _batch(inputs, labels, index)
+        yield batch if named is None else _in_order(batch, named, graph, index)
 
 
 def _stands_alone(inputs: Any, positional: int) -> bool:
@@ -55,16 +61,47 @@ def _stands_alone(inputs: Any, positional: int) -> bool:
 
 
 def _batch(inputs: Any, labels: Any, index: int) -> Batch:
-    if isinstance(inputs, Tensor):
-        return Batch((inputs,), {}, labels)
+    if isinstance(inputs, Tensor | np.ndarray):
+        return Batch((_tensor(inputs, index),), {}, labels)
     if isinstance(inputs, Mapping):
-        return Batch((), dict(inputs), labels)
+        return Batch((), {name: _tensor(value, index) for name, value in inputs.items()}, labels)
     if isinstance(inputs, tuple | list):
-        return Batch(tuple(inputs), {}, labels)
+        return Batch(tuple(_tensor(value, index) for value in inputs), {}, labels)
     raise PipelineError(
         f"batch {index} of the calibration data is of type {type(inputs).__name__}; give a tensor, a tuple of "
         "positional inputs or a dict of keyword inputs, or a pair of one of these and labels"
     )
+
+
+def _tensor(value: Any, index: int) -> Any:
+    """Return a tensor for an array; anything else is what it is."""
+    if not isinstance(value, np.ndarray):
+        return value
+    try:
+        return torch.from_numpy(np.require(value, requirements=("C", "W")))
+    except TypeError as error:
+        raise PipelineError(
+            f"batch {index} of the calibration data holds an array of {value.dtype}, which is no type of tensors"
+        ) from error
+
+
+def _in_order(batch: Batch, names: Sequence[str], graph: Graph, index: int) -> Batch:
+    """Return a batch with the inputs of an ONNX model in the order of the file, each of its type."""
+    where = f"batch {index} of the calibration data"
+    takes = f"the model takes {', '.join(names)}"
+    if batch.kwargs:
+        if set(batch.kwargs) != set(names):
+            raise PipelineError(f"{where} has {', '.join(batch.kwargs)}; {takes}: give each by its name in the file")
+        batch = Batch(tuple(batch.kwargs[name] for name in names), {}, batch.labels)
+    if len(batch.args) != len(names):
+        raise PipelineError(f"{where} has {len(batch.args)} inputs; {takes}: give all of them, in this order")
+    for name, value, example in zip(names, batch.args, graph.example_inputs[0], strict=True):
+        if not isinstance(value, Tensor):
+            raise PipelineError(f"{where} has a {type(value).__name__} for {name}: give a tensor or a NumPy array")
+        if value.dtype is not example.dtype:
+            found, wanted = (str(t.dtype).removeprefix("torch.") for t in (value, example))
+            raise PipelineError(f"{where} has {found} for {name}, which the file declares as {wanted}: convert it")
+    return batch
 
 
 def classification_loss(outputs: Any, labels: Any) -> Tensor:

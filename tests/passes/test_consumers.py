@@ -15,6 +15,7 @@ from graphopt.capture import capture
 from graphopt.graph import Graph
 from graphopt.passes.recover.consumers import Consumer, find_consumers
 from graphopt.sweep import Sweep
+from tests.onnx_models import graph_of
 
 KINDS: dict[int, tuple[Any, Any]] = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
@@ -32,7 +33,10 @@ def only(graph: Graph) -> Consumer:
 
 def check(module: nn.Module, x: Tensor) -> Consumer:
     """Compare a layer with ``A Mᵀ + b``, and its weight with what comes back of its matrix."""
-    graph = capture(module.double().eval(), x.double())
+    return checked(capture(module.double().eval(), x.double()), x)
+
+
+def checked(graph: Graph, x: Tensor) -> Consumer:
     consumer = only(graph)
     weight = graph.tensor(consumer.weight).detach()
     matrix = consumer.matrix(weight)
@@ -54,6 +58,51 @@ def check(module: nn.Module, x: Tensor) -> Consumer:
                 seen += 1
     assert seen == 2
     return consumer
+
+
+def convolution(
+    kind: str, x: tuple[int, ...], weight: tuple[int, ...], attributes: dict[str, Any], *, bias: bool
+) -> Graph:
+    """Return a graph of one convolution of ONNX."""
+    places = [f"d{d}" for d in range(len(x) - 2)]
+    head = f"(double[N,{x[1]},{','.join(map(str, x[2:]))}] x) => (double[N,m,{','.join(places)}] y)"
+    given = ", ".join(
+        f'{name} = "{value}"' if isinstance(value, str) else f"{name} = {value}" for name, value in attributes.items()
+    )
+    outputs = weight[0] if kind == "Conv" else weight[1] * attributes["group"]
+    body = f"y = {kind} <{given}> (x, w{', b' if bias else ''})"
+    return graph_of(head, body, {"w": weight} | ({"b": (outputs,)} if bias else {}))
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_convolutions_of_onnx(data: st.DataObject) -> None:
+    draw = data.draw
+    extents = draw(st.sampled_from([1, 2, 3]))
+
+    def each(values: list[int], count: int = extents) -> list[int]:
+        return [draw(st.sampled_from(values)) for _ in range(count)]
+
+    group = draw(st.sampled_from([1, 2, 3]))
+    x = (2, group * draw(st.integers(1, 2)), *each([5, 6, 7]))
+    kernel, strides, dilations = each([1, 2, 3]), each([1, 2]), each([1, 2])
+    automatic = draw(st.sampled_from(["NOTSET", "VALID", "SAME_UPPER", "SAME_LOWER"]))
+    attributes: dict[str, Any] = {"group": group, "kernel_shape": kernel, "strides": strides, "dilations": dilations}
+    attributes["auto_pad"] = automatic
+    transposed = draw(st.booleans())
+    if automatic == "NOTSET":
+        attributes["pads"] = each([0, 1], 2 * extents)
+    if transposed:
+        attributes["output_padding"] = [
+            draw(st.integers(0, max(s, d) - 1)) for s, d in zip(strides, dilations, strict=True)
+        ]
+        if draw(st.booleans()):
+            attributes["output_shape"] = [n * s + draw(st.integers(0, 1)) for n, s in zip(x[2:], strides, strict=True)]
+    outputs = draw(st.integers(2, 3))  # a single number is no weight
+    weight = (x[1], outputs, *kernel) if transposed else (group * outputs, x[1] // group, *kernel)
+    kind = "ConvTranspose" if transposed else "Conv"
+    consumer = checked(convolution(kind, x, weight, attributes, bias=draw(st.booleans())), torch.randn(x).double())
+    assert (consumer.is_transposed, consumer.groups) == (transposed, group)
 
 
 @settings(max_examples=60)
@@ -149,27 +198,91 @@ def test_refusals(function: Any, reason: str) -> None:
     assert refused.reason.startswith(reason)
 
 
+HEAD = "(double[N,4] x) => (double[N,m] y)"
+
+
+@pytest.mark.parametrize(
+    ("body", "turned", "bias"),
+    [
+        ("y = MatMul(x, w)", False, None),
+        ("z = MatMul(x, w) y = Add(z, b)", False, "b"),
+        ("z = MatMul(x, w) y = Add(b, z)", False, "b"),
+        ("t = Transpose(w) y = MatMul(x, t)", True, None),
+        ("t = Transpose <perm = [1, 0]> (w) z = MatMul(x, t) y = Add(z, b)", True, "b"),
+        ("t = Transpose <perm = [0, 1]> (w) y = MatMul(x, t)", False, None),
+        ("y = Gemm(x, w, b)", False, "b"),
+        ("y = Gemm <transB = 1> (x, w, b)", True, "b"),
+        ("y = Gemm <transB = 1> (x, w)", True, None),
+        ("t = Transpose(w) y = Gemm <transB = 1> (x, t, b)", False, "b"),
+    ],
+)
+def test_products_of_onnx(body: str, turned: bool, bias: str | None) -> None:
+    graph = graph_of(HEAD, body, {"w": (5, 4) if turned else (4, 5), "b": (5,)})
+    consumer = checked(graph, torch.randn(3, 4))
+    assert (consumer.bias, consumer.outputs, consumer.out_rows) == (bias, 5, turned)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("e = Exp(w) y = MatMul(x, e)", "the weight of {} is computed by {}, and is no parameter"),
+        ("t = Transpose(x) s = Transpose(w) y = MatMul(s, t)", "{} (onnx.MatMul) multiplies with it from the left"),
+        ("t = Transpose(x) y = Gemm <transA = 1> (t, w)", "{} (onnx.Gemm) reads its input turned, its channels along"),
+        ("y = Gemm <alpha = 0.5> (x, w, b)", "{} (onnx.Gemm) scales its terms (alpha 0.5, beta 1)"),
+        ("y = Gemm <beta = 0.5> (x, w)", "{} (onnx.Gemm) scales its terms (alpha 1, beta 0.5)"),
+        ("c = Exp(b) y = Gemm(x, w, c)", "the bias of {} is computed by {} and is no parameter by itself"),
+        ('y = Einsum <equation = "ij,jk->ik"> (x, w)', "{} (onnx.Einsum) is an operator that this pass does not take"),
+    ],
+)
+def test_refusals_of_onnx(body: str, reason: str) -> None:
+    found, (refused,) = find_consumers(graph_of(HEAD, body, {"w": (4, 5), "b": (5,)}))
+    assert not found
+    assert refused.tensor == "w"
+    start, _, rest = reason.partition("{}")
+    middle, _, end = rest.partition("{}")
+    assert refused.reason.startswith(f"{start}{refused.node.name}{middle}")
+    assert end in refused.reason
+
+
+def test_what_a_runtime_fused_in_keeps_a_layer_whole() -> None:
+    head = "(float[N,2,5,5] x) => (float[N,3,4,4] y)"
+    graph = graph_of(head, 'y = com.microsoft.FusedConv <activation = "Relu"> (x, w)', {"w": (3, 2, 2, 2)})
+    found, (refused,) = find_consumers(graph)
+    assert not found
+    assert refused.reason.endswith("(com.microsoft.FusedConv) applies Relu after the sum")
+
+
+def of_onnx(body: str) -> Callable[[], Graph]:
+    return lambda: graph_of("(float[N,4] x) => (float[N,m] y)", body, {"w": (4, 5)})
+
+
 @pytest.mark.parametrize(
     "make",
     [
         lambda: nn.Linear(4, 3, bias=False),
         lambda: Product(lambda x, w, b: x @ w),
         lambda: Product(lambda x, w, b: torch.relu(x @ w)),
+        of_onnx("y = MatMul(x, w)"),
+        of_onnx("z = MatMul(x, w) y = Relu(z)"),
+        of_onnx("y = Gemm(x, w)"),
+        lambda: convolution("Conv", (2, 4, 1), (3, 4, 1), {"group": 1}, bias=False),
     ],
 )
-def test_a_bias_is_given_and_taken(make: Callable[[], nn.Module]) -> None:
-    graph = capture(make(), torch.randn(2, 4))
+def test_a_bias_is_given_and_taken(make: Callable[[], nn.Module | Graph]) -> None:
+    made = make()
+    graph = made if isinstance(made, Graph) else capture(made, torch.randn(2, 4))
+    x = torch.ones_like(graph.example_inputs[0][0])
     text, names = graph.text(), set(graph.module.state_dict())
-    output = graph.run(torch.ones(2, 4))
+    output = graph.run(x)
     with_bias = only(graph).with_bias(graph)
     graph.module.recompile()
     assert with_bias.bias is not None
     assert set(graph.module.state_dict()) - names == {with_bias.bias}
-    assert with_bias.bias.startswith("bias")
-    assert torch.equal(graph.run(torch.ones(2, 4)), output)
+    assert with_bias.bias.startswith(("bias", "w_bias"))
+    assert torch.equal(graph.run(x), output)
     assert only(graph).bias == with_bias.bias
-    graph.set_tensor(with_bias.bias, nn.Parameter(torch.ones(graph.tensor(with_bias.bias).shape)))
-    assert not torch.equal(graph.run(torch.ones(2, 4)), output)
+    graph.set_tensor(with_bias.bias, nn.Parameter(torch.ones_like(graph.tensor(with_bias.bias))))
+    assert not torch.equal(graph.run(x), output)
     with_bias.without_bias(graph)
     graph.module.recompile()
     assert (graph.text(), set(graph.module.state_dict())) == (text, names)
