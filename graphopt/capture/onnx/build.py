@@ -24,7 +24,7 @@ from torch import fx, nn
 
 from graphopt.capture.onnx.sizes import LARGEST, Entries, Size, UndecidedError, evaluated, has_size
 from graphopt.dialects.onnx.operators import DOMAIN, NUMBERS, SIZES, Op, op
-from graphopt.dialects.onnx.types import TORCH_TYPE
+from graphopt.dialects.onnx.types import ONNX_TYPE, TORCH_TYPE, Filling
 from graphopt.errors import CaptureError, UnsupportedOperatorError
 from graphopt.graph import OWNER, SPEC, TensorSpec, TraceModule, set_tensor
 
@@ -278,8 +278,17 @@ class Builder:
             if name in operands:  # became an input in a later version
                 operands[name] = self._literal(value)
             else:
-                attributes[name] = self._stored(value).load() if _is_tensor(value) else value
+                attributes[name] = self._filling(node, value) if _is_tensor(value) else value
         return operands, attributes
+
+    def _filling(self, node: Any, value: Any) -> Filling:
+        stored = self._stored(value)
+        if stored.shape not in ((), (1,)):
+            raise CaptureError(
+                f"node {node.name!r} ({node.op}) has a tensor of shape {list(stored.shape)} as an attribute where one "
+                "number must stand: the file is broken; export it again"
+            )
+        return Filling(stored.load().reshape(()).item(), ONNX_TYPE[stored.dtype])
 
     def _literal(self, value: Any) -> Found:
         tensor = torch.as_tensor(value)

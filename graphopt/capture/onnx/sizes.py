@@ -330,7 +330,7 @@ def _constant_of_shape(inputs: Any, attributes: Mapping[str, Any], real: bool) -
     shape = _ints(inputs[0])
     if math.prod(shape) > LARGEST:
         raise UndecidedError("a constant too large to be one of numbers")
-    number = 0 if value is None else value.reshape(-1)[0].item()
+    number = 0 if value is None else value.number
     return _array(number, tuple(shape))
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
-__all__ = ["ONNX_TYPE", "TORCH_TYPE"]
+__all__ = ["ONNX_TYPE", "TORCH_TYPE", "Filling"]
 
 TORCH_TYPE: Final[dict[int, torch.dtype]] = {
     1: torch.float32,
@@ -33,3 +33,18 @@ TORCH_TYPE: Final[dict[int, torch.dtype]] = {
 
 ONNX_TYPE: Final[dict[torch.dtype, int]] = {dtype: number for number, dtype in TORCH_TYPE.items()}
 """The number of a type of torch in ``TensorProto.DataType``."""
+
+
+class Filling(NamedTuple):
+    """One number of an element type, which ONNX gives as a tensor of one entry: what fills a ConstantOfShape.
+
+    As a tuple of plain values it can stand in the code that ``torch.fx`` generates, which a tensor cannot.
+    """
+
+    number: complex | float | int | bool
+    type: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of torch."""
+        return TORCH_TYPE[self.type]

@@ -18,7 +18,7 @@ from torch import fx
 from graphopt.dialects.onnx.facts import ONNX, facts_of
 from graphopt.dialects.onnx.operators import DOMAIN, NUMBERS, SIZES, Op
 from graphopt.dialects.onnx.surgeon import graphsurgeon, quiet
-from graphopt.dialects.onnx.types import ONNX_TYPE
+from graphopt.dialects.onnx.types import ONNX_TYPE, Filling
 from graphopt.errors import LoweringError
 from graphopt.graph import SPEC, Call, Graph, TensorSpec, tensor_spec
 
@@ -304,8 +304,12 @@ class _Writer:
             )
         if value is None:
             return
-        if isinstance(value, torch.Tensor):
-            value = self.gs.Constant(name, value.detach().cpu().numpy())
+        if isinstance(value, Filling):
+            import onnx.helper
+            from onnx_graphsurgeon.ir.tensor import LazyValues
+
+            value = onnx.helper.make_tensor(name, value.type, [1], [value.number])
+            value = self.gs.Constant(name, LazyValues(value))
         elif isinstance(value, list | tuple):
             if not value:
                 return

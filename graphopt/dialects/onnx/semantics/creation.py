@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphopt.dialects.onnx.semantics.common import TYPES, Function, Sizes, as_tensor, ints, type_of
+from graphopt.dialects.onnx.types import Filling
 
 __all__ = ["TABLE"]
 
@@ -33,7 +34,10 @@ def _constant(
 
 def _constant_of_shape(shape: Sizes, *, value: Any = None) -> Tensor:
     device = shape.device if isinstance(shape, Tensor) else None
-    filling = torch.zeros(1, dtype=type_of(1)) if value is None else as_tensor(value)
+    if isinstance(value, Filling):
+        filling = torch.tensor(value.number, dtype=type_of(value.type))
+    else:
+        filling = torch.zeros(1, dtype=type_of(1)) if value is None else as_tensor(value)
     return filling.to(device).reshape(()).expand(ints(shape) or []).clone()
 
 
