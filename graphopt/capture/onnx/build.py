@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
 
@@ -103,10 +103,11 @@ class Builder:
     Args:
         stored: gives the stored tensor behind a constant of onnx-graphsurgeon.
         metadata: what the file says of the node that makes a value, by that value's name.
+        apart: dimensions that may differ do so at the two sizes of the inputs; so those that never do are the same.
     """
 
     def __init__(
-        self, stored: Callable[[Any], Stored], metadata: Mapping[str, Mapping[str, str]], *, real: bool = False
+        self, stored: Callable[[Any], Stored], metadata: Mapping[str, Mapping[str, str]], *, apart: bool = False
     ) -> None:
         self.module = TraceModule(nn.Module(), fx.Graph())
         self.graph: fx.Graph = self.module.graph
@@ -116,6 +117,7 @@ class Builder:
         self.uses: dict[str, list[tuple[str, str]]] = {}
         """Which operators read a stored tensor, and as what."""
         self._stored = stored
+        self._apart = apart
         self._metadata = metadata
         self._known: dict[Any, tuple[Type, ...]] = {}
         self._last: fx.Node | None = None
@@ -375,6 +377,8 @@ class Builder:
                 "part, or export the model with fixed control flow"
             )
         shown = _with_outputs(target, attributes, len(names))
+        if target.key == "Reshape":
+            operands = {**operands, "shape": self._own_sizes(operands["data"], operands["shape"])}
         results = self._types(node, target, operands, shown, len(names))
         for name, value in operands.items():
             for each in value if isinstance(value, list) else [value]:
@@ -392,6 +396,18 @@ class Builder:
         for index, result in enumerate(results):
             result.make = self._part(call, index, result) if several else lambda: call
         return _Call(results)
+
+    def _own_sizes(self, data: Found, shape: Found) -> Found:
+        """Let a shape copy sizes from the value it is for, where they are the same as what it copies from elsewhere."""
+        if not self._apart or shape.entries is None or not has_size(shape.entries):
+            return shape
+        entries = shape.entries.copy()
+        varying = data.spec.dynamic
+        for dim, entry in enumerate(entries[: len(data.shape)]):
+            here = (data.shape[dim], data.probe[dim])
+            if isinstance(entry, Size) and varying[dim] and (entry.hint, entry.probe) == here and here[0] != here[1]:
+                entries[dim] = Size.of(data.node, dim, *here)
+        return replace(shape, entries=entries, stored=None)
 
     def _part(self, call: fx.Node, index: int, result: Found) -> Callable[[], fx.Node]:
         import operator

@@ -117,7 +117,7 @@ class _Reader:
         """
         notes = list(self.file.notes)
         try:
-            builder = self._built(tensors, examples.probes(self.inputs, tensors), vary=vary)
+            builder = self._varying(tensors) if vary else self._built(tensors, None)
         except MisfitError as error:
             if not error.probe:
                 raise
@@ -126,14 +126,25 @@ class _Reader:
                 f"the file says that dimensions may vary ({', '.join(varying)}), and does not run at other sizes than "
                 f"{[list(t.shape) for t in tensors]}: {error}"
             )
-            builder = self._built(tensors, [tuple(t.shape) for t in tensors], vary=False)
+            builder = self._built(tensors, None)
         return self._finished(builder, tensors, notes)
 
-    def _built(self, tensors: Sequence[torch.Tensor], probes: Sequence[tuple[int, ...]], *, vary: bool) -> Builder:
-        builder = Builder(self._stored, self.metadata)
-        for each, tensor, probe in zip(self.inputs, tensors, probes, strict=True):
-            shape = probe if vary else tuple(tensor.shape)
-            builder.input(each.name, tensor, shape, each.varying if vary else ())
+    def _varying(self, tensors: Sequence[torch.Tensor]) -> Builder:
+        """Build with dimensions that vary: each by itself, or all alike where the model wants it so."""
+        try:
+            return self._built(tensors, examples.probes(self.inputs, tensors, apart=True), apart=True)
+        except MisfitError as error:
+            if not error.probe:
+                raise
+            return self._built(tensors, examples.probes(self.inputs, tensors, apart=False))
+
+    def _built(
+        self, tensors: Sequence[torch.Tensor], probes: Sequence[tuple[int, ...]] | None, *, apart: bool = False
+    ) -> Builder:
+        builder = Builder(self._stored, self.metadata, apart=apart)
+        for position, (each, tensor) in enumerate(zip(self.inputs, tensors, strict=True)):
+            shape = tuple(tensor.shape) if probes is None else probes[position]
+            builder.input(each.name, tensor, shape, () if probes is None else each.varying)
         try:
             for node in self.model.nodes:
                 builder.add(node)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError
 
-__all__ = ["Input", "declared", "given", "invented", "probes"]
+__all__ = ["Input", "given", "invented", "probes"]
 
 BATCH: Final = 2
 LENGTH: Final = 16
@@ -79,11 +79,6 @@ def _type(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def declared(inputs: Sequence[Input]) -> bool:
-    """Say whether the file fixes the size of every dimension."""
-    return not any(each.varying for each in inputs)
-
-
 def invented(inputs: Sequence[Input]) -> Iterator[list[torch.Tensor]]:
     """Yield example inputs to try: a batch of two, 16 steps, images of the usual sizes; equal names are equal sizes."""
     spatial = any(len(each.dims) >= 4 and any(d >= 2 for d in each.varying) for each in inputs)
@@ -113,16 +108,26 @@ def _shape(each: Input, sizes: dict[str, int], batch: int, extent: int) -> tuple
     return tuple(found)
 
 
-def probes(inputs: Sequence[Input], examples: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
-    """Return the shapes of inputs of other sizes: every dimension that varies is larger, images by a multiple of 32."""
-    sizes: dict[str, int] = {}
+def probes(inputs: Sequence[Input], examples: Sequence[torch.Tensor], *, apart: bool) -> list[tuple[int, ...]]:
+    """Return the shapes of inputs of other sizes: every dimension that varies is larger, images by a multiple of 32.
+
+    Args:
+        inputs: the inputs as declared.
+        examples: the example inputs.
+        apart: let dimensions that the file does not call the same grow by different amounts; batches grow alike.
+    """
+    growth: dict[str, int] = {}
     shapes = []
-    for each, example in zip(inputs, examples, strict=True):
+    for number, (each, example) in enumerate(zip(inputs, examples, strict=True)):
         shape = list(example.shape)
         for dim in each.varying:
-            more = 1 if dim == 0 else 96 if len(shape) >= 4 and dim >= 2 else 8
             name = each.dims[dim]
-            shape[dim] = sizes.setdefault(name, shape[dim] + more) if isinstance(name, str) else shape[dim] + more
+            symbol = name if isinstance(name, str) else "batch" if dim == 0 else f"{dim} of {number}"
+            if symbol not in growth:
+                others = sum(more > 1 for more in growth.values()) if apart else 0
+                spatial = len(shape) >= 4 and dim >= 2
+                growth[symbol] = 1 if dim == 0 else 32 * (3 + others) if spatial else 8 * (1 + others)
+            shape[dim] += growth[symbol]
         shapes.append(tuple(shape))
     return shapes
 

@@ -12,6 +12,7 @@ with :class:`~graphopt.graph.Call`. Three things differ from the file's form:
 - Operands that hold *sizes* (the shape of a Reshape, the ends of a Slice) are Python lists, whose entries are numbers
   or nodes that yield one, as in the ATen dialect; single numbers (the ``k`` of a TopK) are Python numbers. Where the
   values depend on data, the operand stays a tensor.
+- A tensor among the attributes is a :class:`~graphopt.dialects.onnx.types.Filling`, a number with its type.
 - A call yields a tuple only where the file names more than one result, and then ``outputs=`` says how many; a Split
   always yields a list.
 """

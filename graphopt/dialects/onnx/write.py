@@ -8,7 +8,7 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +42,8 @@ _ROUNDING: Final[dict[Any, str | None]] = {math.floor: "Floor", math.ceil: "Ceil
 
 _REAL_SIZES: Final = frozenset({("Resize", "roi"), ("Resize", "scales"), ("Upsample", "scales")})
 """Lists that hold real numbers."""
+_WHOLE: Final = frozenset({"Split", "BatchNormalization"})
+"""Operators whose results are all named, read or not; in training mode ONNX Runtime writes to those of a batch norm."""
 _ONE_ENTRY: Final = frozenset({("TopK", "K")})
 """Single numbers that stand in a tensor of one dimension."""
 
@@ -109,7 +111,7 @@ class _Writer:
         self.node_names: set[str] = {""}
         self.constants: dict[tuple[torch.dtype, tuple[int, ...], tuple[Any, ...]], Any] = {}
         self.numbers: dict[fx.Node, Any] = {}
-        self.shapes: dict[fx.Node, Any] = {}
+        self.shapes: dict[Any, Any] = {}
 
     def graphsurgeon(self) -> Any:
         outputs = self._outputs()
@@ -268,7 +270,7 @@ class _Writer:
             return self.gs.Variable(self._fresh(names[0] if len(names) == 1 else node.name))
         used = {user.args[1] for user in node.users if user.target is operator.getitem}
         known = list(names) + [f"{node.name}_{i}" for i in range(len(names), len(spec))]
-        all_named = isinstance(node.target, Op) and node.target.key == "Split"
+        all_named = isinstance(node.target, Op) and node.target.key in _WHOLE
         return [
             self.gs.Variable(self._fresh(known[i])) if all_named or i in used else self.gs.Variable.empty()
             for i in range(len(spec))
@@ -334,7 +336,8 @@ class _Writer:
             return self.values[value]
         if isinstance(value, list | tuple) and name in SIZES.get(target.name, ()):
             real = (target.name, name) in _REAL_SIZES
-            return self._sizes(value, torch.float32 if real else torch.int64, node.name)
+            entries = _short_shape(node, value) if target.name == "Reshape" else value
+            return self._sizes(entries, torch.float32 if real else torch.int64, node.name)
         if name in NUMBERS.get(target.name, ()) and target.domain == DOMAIN:
             dtype = _number_type(node, target.name, name)
             scalar = (target.name, name) not in _ONE_ENTRY
@@ -354,20 +357,23 @@ class _Writer:
         """Return a tensor of sizes, of which some may vary: constants and numbers one after the other."""
         if not any(isinstance(entry, fx.Node) for entry in entries):
             return self.constant(entries, dtype)
-        parts: list[Any] = []
-        plain: list[Any] = []
-        for entry in entries:
-            if isinstance(entry, fx.Node):
-                if plain:
-                    parts.append(self.constant(plain, torch.int64))
-                    plain = []
-                parts.append(self._number(entry, stem))
-            else:
-                plain.append(entry)
-        if plain:
-            parts.append(self.constant(plain, torch.int64))
+        parts = [self._run(run, stem) for run in _runs(entries, partial=self.facts.opset >= 15)]
         found = parts[0] if len(parts) == 1 else self._helper("Concat", *parts, stem=stem, axis=0)
         return found if dtype is torch.int64 else self._helper("Cast", found, stem=stem, to=ONNX_TYPE[dtype])
+
+    def _run(self, run: list[Any], stem: str) -> Any:
+        """Return neighbouring entries as one tensor: numbers, a size, or sizes of successive dimensions of a value."""
+        if not isinstance(run[0], fx.Node):
+            return self.constant(run, torch.int64)
+        if len(run) == 1:
+            return self._number(run[0], stem)
+        source, start = _extent_of(run[0])
+        key = (source, start, len(run))
+        if key not in self.shapes:
+            rank = len(tensor_spec(source).shape)
+            bounds = {} if len(run) == rank else {"start": start, "end": start + len(run)}
+            self.shapes[key] = self._helper("Shape", self.values[source], stem=stem, **bounds)
+        return self.shapes[key]
 
     def _number(self, value: Any, stem: str) -> Any:
         """Return a number as a tensor of one int64 entry."""
@@ -421,6 +427,56 @@ class _Writer:
             remainder = self._helper("Mod", a, b, stem=stem)
             a = self._helper("Sub", a, remainder, stem=stem)
         return self._helper("Div", a, b, stem=stem)
+
+
+def _short_shape(node: fx.Node, entries: Sequence[Any]) -> list[Any]:
+    """Write the shape of a Reshape without sizes that vary, as far as possible: 0 copies a dimension, -1 is the rest.
+
+    Two entries that vary beyond those copied cannot both be left.
+    """
+    call = Call(node)
+    if call["allowzero"] or not any(isinstance(entry, fx.Node) for entry in entries):
+        return list(entries)
+    found = [0 if _is_size_of(entry, call["data"], i) else entry for i, entry in enumerate(entries)]
+    varying = [i for i, entry in enumerate(found) if isinstance(entry, fx.Node)]
+    if len(varying) == 1 and -1 not in found:
+        found[varying[0]] = -1
+    return found
+
+
+def _is_size_of(entry: Any, source: Any, dim: int) -> bool:
+    if not isinstance(entry, fx.Node) or entry.target is not SYM_SIZE or entry.args[0] is not source:
+        return False
+    rank = len(tensor_spec(source).shape)
+    return dim < rank and _extent_of(entry)[1] % rank == dim
+
+
+def _extent_of(size: fx.Node) -> tuple[fx.Node, int]:
+    """Return of which value a node yields the size, and of which dimension."""
+    source, dim = size.args
+    return source, dim  # type: ignore[return-value]
+
+
+def _runs(entries: Sequence[Any], *, partial: bool) -> Iterator[list[Any]]:
+    """Yield neighbouring entries that one tensor can hold; ``partial`` where an operator gives part of a shape."""
+    run: list[Any] = []
+    for entry in entries:
+        if run and not _continues(run, entry, partial):
+            yield run
+            run = []
+        run.append(entry)
+    if run:
+        yield run
+
+
+def _continues(run: Sequence[Any], entry: Any, partial: bool) -> bool:
+    last = run[-1]
+    if not isinstance(last, fx.Node) or not isinstance(entry, fx.Node):
+        return not isinstance(last, fx.Node) and not isinstance(entry, fx.Node)
+    if not partial or last.target is not SYM_SIZE or entry.target is not SYM_SIZE:
+        return False
+    (value, dim), (other, next_dim) = _extent_of(last), _extent_of(entry)
+    return value is other and next_dim == dim + 1
 
 
 def _may_be_negative(value: Any) -> bool:

@@ -105,6 +105,25 @@ ARITHMETIC = {
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_a_reshape_is_written_with_a_constant_where_that_says_it(arithmetic: str) -> None:
+    written = rebuilt(capture(heads(ARITHMETIC[arithmetic])))
+    assert [node.op_type for node in written.graph.node] == ["MatMul", "Reshape", "Transpose"]
+
+
+def test_successive_sizes_of_a_value_are_written_as_one_shape() -> None:
+    model = parsed(
+        "s = Shape (x) b = Gather (s, zero) t = Gather (s, one) shape = Concat <axis = 0> (b, t, six) "
+        "out = Expand (y, shape)",
+        inputs="float[n, t, 2] x, float[1, 1, 6] y",
+        outputs="float[n, t, 6] out",
+        weights={"zero": np.array([0]), "one": np.array([1]), "six": np.array([6])},
+    )
+    graph = capture(model)
+    assert [node.op_type for node in rebuilt(graph).graph.node] == ["Shape", "Concat", "Expand"]
+    assert_same(model, graph, torch.randn(3, 5, 2), torch.randn(1, 1, 6))
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
 def test_arithmetic_on_sizes_becomes_arguments(arithmetic: str) -> None:
     model = heads(ARITHMETIC[arithmetic])
     graph = capture(model)
@@ -404,3 +423,14 @@ def test_a_model_of_onnx_becomes_a_program_of_torch(tmp_path: Path) -> None:
     program = torch.export.load(result.artifacts["pt2"])
     x = torch.randn(3, 5, 6)
     torch.testing.assert_close(program.module()(x), result.module(x))
+
+
+def test_a_tensor_among_the_attributes_is_written_as_one() -> None:
+    model = parsed(
+        "s = Shape (x) y = ConstantOfShape <value = float[1] {2.5}> (s) out = Add (x, y)",
+        inputs="float[n, 6] x",
+        outputs="float[n, 6] out",
+    )
+    graph = capture(model)
+    assert_same(model, graph, torch.randn(3, 6))
+    assert not any("value" in name for name in write(graph).weights)
