@@ -29,6 +29,8 @@ from graphopt.checkpoint import Checkpoint, Weights
 from graphopt.cost import CostModel
 from graphopt.debugging import Recorder, Reproducer, asked, failure, find_culprit
 from graphopt.dialects.aten import infer
+from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.write import to_proto
 from graphopt.errors import (
     BudgetError,
     CaptureError,
@@ -65,7 +67,7 @@ class Result:
 
     Attributes:
         module: The smaller model: trainable, parameters under the names they had, in the mode the model was in.
-        onnx: The ``onnx.ModelProto``, from a target that makes one; None otherwise.
+        onnx: The ``onnx.ModelProto``, of a model of ONNX, or from a target that makes one; None otherwise.
         plan: Which indices of the input model's tensors are left.
         artifacts: The files that were written, by kind.
         report: What was done, what was not, and why.
@@ -115,9 +117,10 @@ def optimize(
     the same result.
 
     Args:
-        model: an ``nn.Module``, an ``ExportedProgram``, an ``fx.GraphModule``, the path of a ``.pt2`` file, a
-            :class:`~graphopt.graph.Graph` that was captured before (``capture`` names further dynamic dimensions), or
-            an earlier :class:`Result`, whose plan and the new one's compose: ``first.plan.then(second.plan)``.
+        model: an ``nn.Module``, an ``ExportedProgram``, an ``fx.GraphModule``, an ``onnx.ModelProto``, the path of an
+            ``.onnx`` or ``.pt2`` file, a :class:`~graphopt.graph.Graph` that was captured before (``capture`` names
+            further dynamic dimensions), or an earlier :class:`Result`, whose plan and the new one's compose:
+            ``first.plan.then(second.plan)``.
         example_inputs: a tensor, a tuple of positional inputs, a dict of keyword inputs, or a pair of both; not needed
             where the model carries or describes its inputs. Costs are those of these inputs' batch.
         target: what the result is for: "torch", "onnx", or a target of your own.
@@ -213,10 +216,9 @@ def optimize(
             lowered, artifacts = _lowered(chosen, outcome, folder, report, clock)
     module = outcome.graph.module
     module.train(graph.training)
+    proto = to_proto(outcome.graph) if lowered.onnx is None and is_onnx(outcome.graph) else lowered.onnx
     plan = replace(outcome.plan, origin=Origin.of(model, inputs[0][1] if inputs else graph.example_inputs, module))
-    return Result(
-        module, lowered.onnx, plan, artifacts, report, outcome.graph, plan.apply(model) if own_class else None
-    )
+    return Result(module, proto, plan, artifacts, report, outcome.graph, plan.apply(model) if own_class else None)
 
 
 def inspect(model: Any, example_inputs: Any = None) -> Inspection:

@@ -121,6 +121,7 @@ class Builder:
         self._metadata = metadata
         self._known: dict[Any, tuple[Type, ...]] = {}
         self._last: fx.Node | None = None
+        self._sizes: dict[tuple[fx.Node, int], Size] = {}
         self._parts: set[str] = set()
         self._taken: set[str] = set()
 
@@ -332,7 +333,7 @@ class Builder:
     def _shape(self, name: str, value: Found, attributes: Mapping[str, Any]) -> Found:
         spec = value.spec
         sizes: list[Any] = [
-            Size.of(value.node, d, n, value.probe[d]) if varies else n
+            self._extent(value, d) if varies else n
             for d, (n, varies) in enumerate(zip(spec.shape, spec.dynamic, strict=True))
         ]
         if name == "Size":
@@ -341,6 +342,13 @@ class Builder:
         entries = np.empty(len(sizes), dtype=object)
         entries[:] = sizes
         return _known(entries, torch.int64)
+
+    def _extent(self, value: Found, dim: int) -> Size:
+        """Return the size of a dimension that varies; the same object for the same dimension."""
+        key = (value.node, dim)
+        if key not in self._sizes:
+            self._sizes[key] = Size.of(*key, value.shape[dim], value.probe[dim])
+        return self._sizes[key]
 
     def _constants(
         self, target: Op, operands: Mapping[str, Any], attributes: Mapping[str, Any], count: int
@@ -406,7 +414,7 @@ class Builder:
         for dim, entry in enumerate(entries[: len(data.shape)]):
             here = (data.shape[dim], data.probe[dim])
             if isinstance(entry, Size) and varying[dim] and (entry.hint, entry.probe) == here and here[0] != here[1]:
-                entries[dim] = Size.of(data.node, dim, *here)
+                entries[dim] = self._extent(data, dim)
         return replace(shape, entries=entries, stored=None)
 
     def _part(self, call: fx.Node, index: int, result: Found) -> Callable[[], fx.Node]:

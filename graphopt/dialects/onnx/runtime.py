@@ -13,8 +13,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from graphopt.dialects.onnx.types import ONNX_TYPE
-from graphopt.dialects.onnx.write import write
+from graphopt.dialects.onnx.facts import facts_of
+from graphopt.dialects.onnx.write import to_proto
 from graphopt.errors import LoweringError
 from graphopt.graph import Graph
 
@@ -67,26 +67,16 @@ class _Session:
 
 def session(graph: Graph) -> Any:
     """Make a session of a graph; its kernels run the operators one by one, as they are written."""
-    import onnx
     import onnxruntime
 
-    written = write(graph)
-    model = written.skeleton
-    for name, tensor in written.weights.items():
-        proto = onnx.TensorProto(name=name, data_type=ONNX_TYPE[tensor.dtype], dims=list(tensor.shape))
-        proto.raw_data = _bytes(tensor)
-        model.graph.initializer.append(proto)
+    model = to_proto(graph)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = torch.get_num_threads()
     made = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return _Session(made, list(written.inputs.values()), list(written.outputs.values()))
-
-
-def _bytes(tensor: torch.Tensor) -> bytes:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+    facts = facts_of(graph)
+    return _Session(made, [each.name for each in facts.inputs], [each.name for each in facts.outputs])
 
 
 def _array(value: Any) -> Any:

@@ -25,7 +25,7 @@ from graphopt.graph import SPEC, Call, Graph, TensorSpec, tensor_spec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Written", "to_graphsurgeon", "write"]
+__all__ = ["Written", "to_graphsurgeon", "to_proto", "write"]
 
 SYM_SIZE: Final = torch.ops.aten.sym_size.int
 
@@ -86,6 +86,19 @@ def write(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> Written
     inputs = {i: value.name for i, value in enumerate(facts.inputs)}
     outputs = {i: value.name for i, value in enumerate(facts.outputs)}
     return Written(skeleton, writer.weights, inputs, outputs, [])
+
+
+def to_proto(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:
+    """Return the graph as one ``ModelProto`` that holds its weights."""
+    import onnx
+
+    written = write(graph, metadata=metadata)
+    for name, tensor in written.weights.items():
+        proto = onnx.TensorProto(name=name, data_type=ONNX_TYPE[tensor.dtype], dims=list(tensor.shape))
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        proto.raw_data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
+        written.skeleton.graph.initializer.append(proto)
+    return written.skeleton
 
 
 def to_graphsurgeon(graph: Graph) -> Any:
@@ -357,9 +370,14 @@ class _Writer:
         """Return a tensor of sizes, of which some may vary: constants and numbers one after the other."""
         if not any(isinstance(entry, fx.Node) for entry in entries):
             return self.constant(entries, dtype)
-        parts = [self._run(run, stem) for run in _runs(entries, partial=self.facts.opset >= 15)]
-        found = parts[0] if len(parts) == 1 else self._helper("Concat", *parts, stem=stem, axis=0)
-        return found if dtype is torch.int64 else self._helper("Cast", found, stem=stem, to=ONNX_TYPE[dtype])
+        key = (dtype, *entries)
+        if key not in self.shapes:
+            parts = [self._run(run, stem) for run in _runs(entries, partial=self.facts.opset >= 15)]
+            found = parts[0] if len(parts) == 1 else self._helper("Concat", *parts, stem=stem, axis=0)
+            self.shapes[key] = (
+                found if dtype is torch.int64 else self._helper("Cast", found, stem=stem, to=ONNX_TYPE[dtype])
+            )
+        return self.shapes[key]
 
     def _run(self, run: list[Any], stem: str) -> Any:
         """Return neighbouring entries as one tensor: numbers, a size, or sizes of successive dimensions of a value."""
