@@ -96,6 +96,8 @@ def _case(given: Any) -> Case:
     args, attributes = call_of(node, values)
     if len(node.output) > 1:
         attributes["outputs"] = len(node.output)
+    if any(a.HasField("g") for a in node.attribute):
+        attributes["opset_version"] = given.model.opset_import[0].version
     results: list[Any] = [None] * len(node.output)
     for value, result in zip(given.model.graph.output, expected, strict=True):
         results[list(node.output).index(value.name)] = tensor(result)

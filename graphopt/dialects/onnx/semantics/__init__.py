@@ -5,14 +5,14 @@ order of the schema, and its attributes by name, both as :mod:`~graphopt.dialect
 must run on meta tensors, so that shapes can be propagated without values, in float64 whatever its inputs' type, and
 backwards wherever the operator has a gradient. It writes into no argument.
 
-Where the values of an operand decide a shape (NonZero, a Reshape to a tensor's values), a meta tensor gives no answer
-and torch raises NotImplementedError or RuntimeError.
+Where the values of an operand decide a shape (NonZero, a Reshape to a tensor's values), a meta tensor gives no answer:
+NotImplementedError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any, Final
 
@@ -43,13 +43,14 @@ FAMILIES: Final = (
 def semantics_of(key: str) -> Callable[..., Any]:
     """Return what the operator of that :attr:`~graphopt.dialects.onnx.operators.Op.key` computes.
 
-    Raises:
-        NotImplementedError: it is not described here.
+    What no family describes is left to ONNX Runtime, see :mod:`~graphopt.dialects.onnx.semantics.runtime`.
     """
     found = _table().get(key)
-    if found is None:
-        raise NotImplementedError(f"{key} is not among the ONNX operators that graphopt can compute with torch")
-    return found
+    if found is not None:
+        return found
+    from graphopt.dialects.onnx.semantics import runtime
+
+    return partial(runtime.call, key)
 
 
 @cache

@@ -9,6 +9,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from graphopt.dialects.onnx.types import TORCH_TYPE
+
 __all__ = [
     "TYPES",
     "UNSIGNED",
@@ -17,6 +19,7 @@ __all__ = [
     "as_tensor",
     "axis_of",
     "ints",
+    "number",
     "numbers",
     "results",
     "type_of",
@@ -28,31 +31,7 @@ Function = Callable[..., Any]
 Sizes = Sequence[int] | Tensor
 """An operand that holds sizes: numbers, or a tensor where the data decide."""
 
-TYPES: Final[dict[int, torch.dtype]] = {
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    4: torch.uint16,
-    5: torch.int16,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    10: torch.float16,
-    11: torch.float64,
-    12: torch.uint32,
-    13: torch.uint64,
-    14: torch.complex64,
-    15: torch.complex128,
-    16: torch.bfloat16,
-    17: torch.float8_e4m3fn,
-    18: torch.float8_e4m3fnuz,
-    19: torch.float8_e5m2,
-    20: torch.float8_e5m2fnuz,
-    21: torch.uint8,
-    22: torch.int8,
-    25: torch.uint8,
-    26: torch.int8,
-}
+TYPES: Final[dict[int, torch.dtype]] = TORCH_TYPE | {21: torch.uint8, 22: torch.int8, 25: torch.uint8, 26: torch.int8}
 """Torch's type by the number of ONNX's. Integers of four and of two bits are held in bytes, one in each."""
 
 
@@ -75,21 +54,36 @@ def type_of(code: int | torch.dtype) -> torch.dtype:
 
 
 def ints(sizes: Sizes | None) -> list[int] | None:
-    """Return sizes as numbers; a tensor has to have values."""
+    """Return sizes as numbers.
+
+    Raises:
+        NotImplementedError: they are a tensor without values.
+    """
     if sizes is None:
         return None
-    return [int(n) for n in sizes.tolist()] if isinstance(sizes, Tensor) else [_number(n, int) for n in sizes]
+    return [int(number(n)) for n in (_with_values(sizes) if isinstance(sizes, Tensor) else sizes)]
 
 
 def numbers(values: Sequence[float] | Tensor | None) -> list[float] | None:
-    """Return factors as numbers; a tensor has to have values."""
+    """Return factors as numbers, as :func:`ints` does."""
     if values is None:
         return None
-    return [float(v) for v in values.tolist()] if isinstance(values, Tensor) else [_number(v, float) for v in values]
+    return [float(number(v)) for v in (_with_values(values) if isinstance(values, Tensor) else values)]
 
 
-def _number(value: Any, kind: type) -> Any:
-    return kind(value.item()) if isinstance(value, Tensor) else value
+def number(value: Any) -> Any:
+    """Return a single number, that may be a tensor of one.
+
+    Raises:
+        NotImplementedError: it is a tensor without values.
+    """
+    return _with_values(value).item() if isinstance(value, Tensor) else value
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise NotImplementedError("the values of a tensor decide here, and a meta tensor has none")
+    return tensor
 
 
 def as_tensor(value: Any, like: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import TYPES, Function, Sizes, as_tensor, ints, type_of
+from graphopt.dialects.onnx.semantics.common import TYPES, Function, Sizes, as_tensor, ints, number, type_of
 from graphopt.dialects.onnx.types import Filling
 
 __all__ = ["TABLE"]
@@ -52,12 +52,13 @@ def _size(data: Tensor) -> Tensor:
 def _range(start: Any, limit: Any, delta: Any, *, stash_type: int = 1) -> Tensor:
     """Count from ``start`` up to ``limit``, which is left out."""
     given = next((v for v in (start, limit, delta) if isinstance(v, Tensor)), None)
-    first, last, step = (v.item() if isinstance(v, Tensor) else v for v in (start, limit, delta))
+    first, last, step = (number(v) for v in (start, limit, delta))
     exact = all(isinstance(v, int) for v in (first, last, step))
     dtype = given.dtype if given is not None else torch.int64 if exact else torch.get_default_dtype()
     count = max(-((first - last) // step) if exact else math.ceil((last - first) / step), 0)
     steps = torch.arange(count, dtype=dtype, device=given.device if given is not None else None)
-    return steps * step + first
+    found: Tensor = steps * step + first
+    return found
 
 
 def _eye_like(x: Tensor, *, dtype: int | None = None, k: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import UNSIGNED, Function, axis_of, results, unsigned_as_signed
+from graphopt.dialects.onnx.semantics.common import UNSIGNED, Function, axis_of, number, results, unsigned_as_signed
 
 __all__ = ["TABLE"]
 
@@ -81,11 +81,11 @@ def _top_k(x: Tensor, k: Any, *, axis: int = -1, largest: int = 1, sorted: int =
     """Return the largest or smallest values and their indices; of equal values the first comes first."""
     signed = x.to(torch.int64) if x.dtype in UNSIGNED else x
     values, indices = torch.sort(signed, dim=axis, descending=bool(largest), stable=True)
-    return results(outputs, *(t.narrow(axis, 0, int(k)) for t in (values.to(x.dtype), indices)))
+    return results(outputs, *(t.narrow(axis, 0, int(number(k))) for t in (values.to(x.dtype), indices)))
 
 
 def _one_hot(indices: Tensor, depth: Any, values: Tensor, *, axis: int = -1) -> Tensor:
-    size = int(depth)
+    size = int(number(depth))
     axis = axis_of(axis, indices.dim() + 1)
     positions = torch.arange(size, device=indices.device).reshape(-1, *[1] * (indices.dim() - axis))
     hit = _from_front(indices, size).unsqueeze(axis) == positions
@@ -103,7 +103,7 @@ def _compress(x: Tensor, condition: Tensor, *, axis: int | None = None) -> Tenso
 
 
 def _trilu(x: Tensor, k: Any = None, *, upper: int = 1) -> Tensor:
-    offset = 0 if k is None else int(k)
+    offset = 0 if k is None else int(number(k))
     return torch.triu(x, offset) if upper else torch.tril(x, offset)
 
 

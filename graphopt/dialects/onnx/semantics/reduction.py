@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import Function, Sizes, axis_of, ints, unsigned_as_signed
+from graphopt.dialects.onnx.semantics.common import Function, Sizes, axis_of, ints, number, unsigned_as_signed
 
 __all__ = ["TABLE"]
 
@@ -125,17 +125,13 @@ def _hardmax(x: Tensor, *, axis: int = -1) -> Tensor:
 
 def _bias_softmax(data: Tensor, bias: Tensor, *, axis: int = 1, is_inner_broadcast: int = 0) -> Tensor:
     """Add a bias and take the softmax over all dimensions from ``axis`` on, as one."""
-    axis = axis_of(axis, data.dim())
-    if is_inner_broadcast:
-        outer = bias.shape[:1]
-        bias = bias.reshape(*outer, *[1] * (axis - 1), *data.shape[axis:])
-    x = data + bias
+    axis, x = axis_of(axis, data.dim()), data + bias
     return F.softmax(x.flatten(axis), -1).reshape(x.shape)
 
 
 def _cumulative(function: Function, neutral: float) -> Function:
     def computed(x: Tensor, axis: Any, *, exclusive: int = 0, reverse: int = 0) -> Tensor:
-        dim = int(axis)
+        dim = int(number(axis))
         if reverse:
             x = x.flip(dim)
         if exclusive:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import Function, Sizes, ints
+from graphopt.dialects.onnx.semantics.common import Function, Sizes, ints, number
 from graphopt.dialects.onnx.semantics.windows import Windows
 
 __all__ = ["TABLE"]
@@ -214,15 +214,17 @@ def _non_max_suppression(
     center_point_box: int = 0,
 ) -> Tensor:
     """Return (batch, class, box) of the best boxes that overlap no better one by more than a threshold."""
-    most = 0 if max_output_boxes_per_class is None else int(max_output_boxes_per_class)
-    overlap = 0.0 if iou_threshold is None else float(iou_threshold)
-    least = None if score_threshold is None else float(score_threshold)
+    most = 0 if max_output_boxes_per_class is None else int(number(max_output_boxes_per_class))
+    overlap = 0.0 if iou_threshold is None else float(number(iou_threshold))
+    least = None if score_threshold is None else float(number(score_threshold))
     corners = boxes
     if center_point_box:
         centre, half = boxes[..., :2], boxes[..., 2:] / 2
         corners = torch.cat([centre - half, centre + half], -1)
     low = torch.minimum(corners[..., :2], corners[..., 2:])
     high = torch.maximum(corners[..., :2], corners[..., 2:])
+    if boxes.is_meta:
+        raise NotImplementedError("the boxes decide how many are chosen")
     chosen = [
         [batch, kind, box]
         for batch in range(scores.shape[0])

@@ -7,7 +7,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import Function, ints
+from graphopt.dialects.onnx.semantics.common import Function, ints, number
 
 __all__ = ["TABLE"]
 
@@ -21,7 +21,7 @@ def _empty(*, dtype: int | None = None) -> list[Tensor]:
 
 
 def _at(sequence: list[Tensor], position: Any) -> Tensor:
-    return sequence[int(position)]
+    return sequence[int(number(position))]
 
 
 def _length(sequence: list[Tensor]) -> Tensor:
@@ -29,13 +29,13 @@ def _length(sequence: list[Tensor]) -> Tensor:
 
 
 def _insert(sequence: list[Tensor], tensor: Tensor, position: Any = None) -> list[Tensor]:
-    at = len(sequence) if position is None else int(position)
+    at = len(sequence) if position is None else int(number(position))
     at += len(sequence) if at < 0 else 0
     return [*sequence[:at], tensor, *sequence[at:]]
 
 
 def _erase(sequence: list[Tensor], position: Any = None) -> list[Tensor]:
-    at = -1 if position is None else int(position)
+    at = -1 if position is None else int(number(position))
     at += len(sequence) if at < 0 else 0
     return [*sequence[:at], *sequence[at + 1 :]]
 
@@ -49,7 +49,7 @@ def _split(x: Tensor, split: Any = None, *, axis: int = 0, keepdims: int = 1) ->
     if split is None:
         return list(x.split(1, axis) if keepdims else x.unbind(axis))
     if isinstance(split, Tensor) and split.dim() == 0:
-        return list(x.split(int(split), axis))
+        return list(x.split(int(number(split)), axis))
     return list(x.split(split if isinstance(split, int) else ints(split), axis))
 
 

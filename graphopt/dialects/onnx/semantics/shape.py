@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from torch import Tensor
 
-from graphopt.dialects.onnx.semantics.common import Function, Sizes, axis_of, ints, results
+from graphopt.dialects.onnx.semantics.common import Function, Sizes, axis_of, ints, number, results
 
 __all__ = ["TABLE", "pad"]
 
@@ -179,7 +179,7 @@ def _dropout(
     data: Tensor, ratio: Any = 0.5, training_mode: Any = False, *, seed: int | None = None, outputs: int = 1
 ) -> Any:
     """Return the data; in training set a random part of it to zero and scale the rest up."""
-    ratio = 0.5 if ratio is None else float(ratio)
+    ratio = 0.5 if ratio is None else float(number(ratio))
     if not training_mode or not ratio:
         return results(outputs, data, torch.ones_like(data, dtype=torch.bool))
     kept = torch.rand_like(data, dtype=torch.float32) >= ratio
