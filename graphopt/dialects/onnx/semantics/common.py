@@ -61,14 +61,15 @@ def ints(sizes: Sizes | None) -> list[int] | None:
     """
     if sizes is None:
         return None
-    return [int(number(n)) for n in (_with_values(sizes) if isinstance(sizes, Tensor) else sizes)]
+    # A size that varies, while a graph is exported, stays the symbol that it is.
+    return [int(n) for n in _with_values(sizes).tolist()] if isinstance(sizes, Tensor) else [number(n) for n in sizes]
 
 
 def numbers(values: Sequence[float] | Tensor | None) -> list[float] | None:
     """Return factors as numbers, as :func:`ints` does."""
     if values is None:
         return None
-    return [float(number(v)) for v in (_with_values(values) if isinstance(values, Tensor) else values)]
+    return [float(v) for v in (_with_values(values).tolist() if isinstance(values, Tensor) else map(number, values))]
 
 
 def number(value: Any) -> Any:

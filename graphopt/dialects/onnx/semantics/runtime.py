@@ -47,9 +47,7 @@ def call(
         NotImplementedError: neither ONNX Runtime nor, on meta tensors, onnx knows what it yields.
         MissingDependencyError: onnxruntime is not installed.
     """
-    from graphopt.dialects.onnx.operators import op
-
-    slots = _slots(args, [p.kind for p in op(key).schema.inputs])
+    slots = _slots(args, _variadic(key))
     values = {name: _operand(value) for name, value in slots if name}
     outer = {name: _operand(value) for name, value in (captured or {}).items()}
     found = _tensors([*values.values(), *outer.values()])
@@ -94,11 +92,26 @@ class _Node:
         return helper.make_model(graph, opset_imports=imports, ir_version=_IR_VERSION)
 
 
-def _slots(args: Sequence[Any], kinds: Sequence[str]) -> list[tuple[str, Any]]:
-    """Return the inputs of the node by name; an absent one has no name."""
+@cache
+def _variadic(key: str) -> int | None:
+    """Return from which input on there may be any number; onnx tells that of its own operators only."""
+    import onnx.defs
+
+    if "." in key:
+        return None
+    inputs = onnx.defs.get_schema(key).inputs
+    options = [p.option == onnx.defs.OpSchema.FormalParameterOption.Variadic for p in inputs]
+    return options.index(True) if True in options else len(inputs)
+
+
+def _slots(args: Sequence[Any], variadic: int | None) -> list[tuple[str, Any]]:
+    """Return the inputs of the node by name; an absent one has no name.
+
+    A list of tensors is one input, a sequence, unless the operator takes any number from there on.
+    """
     found: list[tuple[str, Any]] = []
     for i, value in enumerate(args):
-        if i < len(kinds) and kinds[i] == "variadic":
+        if i == variadic or (variadic is None and isinstance(value, list) and _tensors(value)):
             found += [("" if each is None else f"x{i}_{j}", each) for j, each in enumerate(value)]
         else:
             found.append(("" if value is None else f"x{i}", value))

@@ -23,10 +23,8 @@ def _reshape(data: Tensor, shape: Sizes, *, allowzero: int = 0) -> Tensor:
     wanted = ints(shape) or []
     if not allowzero:
         wanted = [data.shape[i] if n == 0 else n for i, n in enumerate(wanted)]
-    if -1 in wanted:
-        rest = math.prod(n for n in wanted if n != -1)
-        # torch cannot tell the missing size of an empty tensor.
-        wanted = [(data.numel() // rest if rest else 0) if n == -1 else n for n in wanted]
+    if -1 in wanted and 0 in wanted:
+        wanted = [0 if n == -1 else n for n in wanted]  # of no values, torch cannot tell the missing size
     return data.reshape(wanted)
 
 
@@ -83,10 +81,11 @@ def _slice(data: Tensor, starts: Sizes, ends: Sizes, axes: Sizes | None = None, 
     index = [slice(None)] * rank
     backward = []
     for axis, start, end, step in zip(range(rank) if where is None else where, first, last, by, strict=False):
-        at = range(*slice(start, end, step).indices(data.shape[axis]))
-        if step < 0:
-            backward.append(axis_of(axis, rank))
-            at = at[::-1]
+        if step > 0:
+            index[axis] = slice(start, end, step)
+            continue
+        at = range(*slice(start, end, step).indices(data.shape[axis]))[::-1]
+        backward.append(axis_of(axis, rank))
         index[axis] = slice(at.start, at.stop, at.step) if len(at) else slice(0, 0)
     data = data[tuple(index)]
     return data.flip(backward) if backward else data
