@@ -18,6 +18,8 @@ import safetensors.torch
 import torch
 
 from graphopt.allocation import Budget
+from graphopt.dialects.onnx.facts import facts_of, is_onnx
+from graphopt.dialects.onnx.write import write as write_onnx
 from graphopt.errors import GraphOptError, PipelineError
 from graphopt.graph import Graph
 from graphopt.importance.calibration import batches
@@ -28,10 +30,13 @@ from graphopt.report import PassRecord
 from graphopt.rewrite import rewrite
 from graphopt.targets import TARGETS, program
 from graphopt.targets.base import staged
+from graphopt.targets.lowering import storage
 
 __all__ = ["Culprit", "Recorder", "Reproducer", "asked", "debugging", "find_culprit"]
 
 MODEL: Final = "model.pt2"
+MODEL_ONNX: Final = "model.onnx"
+INPUTS: Final = "inputs.safetensors"
 PIPELINE: Final = "pipeline.toml"
 CALIBRATION: Final = "calibration.safetensors"
 SETTINGS: Final = "reproducer.json"
@@ -110,7 +115,7 @@ class Recorder(Observer):
 class Reproducer:
     """A failure as files: a model, the passes that fail on it, and what they were given.
 
-    The folder holds ``model.pt2``, ``pipeline.toml``, ``calibration.safetensors`` where there were data, and
+    The folder holds ``model.pt2`` or ``model.onnx`` with its example inputs, ``pipeline.toml``, ``calibration.safetensors`` where there were data, and
     ``reproducer.json``. Functions (an own loss, a metric, a training) are not among them.
 
     Attributes:
@@ -142,10 +147,15 @@ class Reproducer:
             LoweringError: the graph could not be exported, or the folder cannot be written to.
         """
         notes = list(self.notes)
-        exported = program.to_program(self.graph)
+        exported = None if is_onnx(self.graph) else program.to_program(self.graph)
         with staged(directory) as stage:
-            with program.quiet():
-                torch.export.save(exported, stage / MODEL)
+            if exported is None:
+                written = write_onnx(self.graph)
+                storage.write(written.skeleton, written.weights, stage / MODEL_ONNX)
+                _save_inputs(self.graph, stage / INPUTS)
+            else:
+                with program.quiet():
+                    torch.export.save(exported, stage / MODEL)
             (stage / PIPELINE).write_text(self.pipeline.to_toml(), encoding="utf-8")
             if self.calibration is not None:
                 tensors, left_out = _flat(self.calibration, self.graph)
@@ -181,6 +191,7 @@ class Reproducer:
             budget = settings["budget"]
             arguments = {
                 "model": directory / MODEL,
+                **_onnx_model(directory),
                 "pipeline": directory / PIPELINE,
                 "target": settings["target"] if settings["target"] in TARGETS else "torch",
                 "budget": None if budget is None else Budget(**budget),
@@ -195,6 +206,21 @@ class Reproducer:
                 "when something fails"
             ) from error
         return arguments
+
+
+def _save_inputs(graph: Graph, path: Path) -> None:
+    args, _ = graph.example_inputs
+    names = [each.name for each in facts_of(graph).inputs]
+    tensors = {name: tensor.contiguous() for name, tensor in zip(names, args, strict=True)}
+    safetensors.torch.save_file(tensors, path)
+
+
+def _onnx_model(directory: Path) -> dict[str, Any]:
+    """Return the model and its example inputs, where the folder holds one of ONNX."""
+    if not (directory / MODEL_ONNX).exists():
+        return {}
+    inputs = safetensors.torch.load_file(directory / INPUTS)
+    return {"model": directory / MODEL_ONNX, "example_inputs": inputs}
 
 
 def _flat(calibration: Iterable[Any], graph: Graph) -> tuple[dict[str, torch.Tensor], list[str]]:

@@ -323,7 +323,8 @@ class _Writer:
             import onnx.helper
             from onnx_graphsurgeon.ir.tensor import LazyValues
 
-            value = onnx.helper.make_tensor(name, value.type, [1], [value.number])
+            numbers: Any = [value.number]
+            value = onnx.helper.make_tensor(name, value.type, [1], numbers)
             value = self.gs.Constant(name, LazyValues(value))
         elif isinstance(value, list | tuple):
             if not value:
