@@ -115,8 +115,9 @@ class Recorder(Observer):
 class Reproducer:
     """A failure as files: a model, the passes that fail on it, and what they were given.
 
-    The folder holds ``model.pt2`` or ``model.onnx`` with its example inputs, ``pipeline.toml``, ``calibration.safetensors`` where there were data, and
-    ``reproducer.json``. Functions (an own loss, a metric, a training) are not among them.
+    The folder holds ``model.pt2``, or ``model.onnx`` with its example inputs; ``pipeline.toml``;
+    ``calibration.safetensors`` where there were data; and ``reproducer.json``. Functions (an own loss, a metric, a
+    training) are not among them.
 
     Attributes:
         graph: What the passes start from.
