@@ -6,7 +6,14 @@ if __name__ != "graphopt.passes":
         "take its parent folder off sys.path, or import graphopt.passes"
     )
 
-from graphopt.passes.canonicalize import FoldConstants, MergeDuplicates, RemoveIdentities, SplitParallel
+from graphopt.passes.canonicalize import (
+    FoldConstants,
+    MergeDuplicates,
+    MoveTransposes,
+    RemoveIdentities,
+    SimplifySlices,
+    SplitParallel,
+)
 from graphopt.passes.merge import FoldBatchNorm, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
@@ -21,9 +28,11 @@ __all__ = [
     "MergeConsecutive",
     "MergeDuplicates",
     "MergeParallel",
+    "MoveTransposes",
     "PruneChannels",
     "RemoveConstantChannels",
     "RemoveIdentities",
     "RidgeRefit",
+    "SimplifySlices",
     "SplitParallel",
 ]

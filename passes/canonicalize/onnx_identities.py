@@ -17,7 +17,7 @@ from torch import fx
 from graphopt.dialects.onnx.operators import Op, op
 from graphopt.graph import Call, TensorSpec, spec_of
 from graphopt.passes.canonicalize.identities import Facts, Instead, Kept, Rule, Same, holds, same_elements, same_type
-from graphopt.passes.extents import SYM_SIZE
+from graphopt.passes.extents import BINARY, SYM_SIZE, Extent
 from graphopt.passes.onnx_calls import is_call, order_of, tensor_type
 
 __all__ = ["ONNX_RULES", "rule_of"]
@@ -451,6 +451,44 @@ def _transpose(call: Call, facts: Facts) -> Same | Instead | None:
     return Instead(op("Reshape"), (x, sizes), "moves dimensions of size 1 only", x)
 
 
+# -- operands that are made larger for nothing --
+
+
+def _broadcast(call: Call, facts: Facts) -> Instead | None:
+    """Read ``x`` in place of ``Expand(x)`` where the other operands make the result as large."""
+    node = call.node
+    out = tensor_type(node)
+    for value in node.all_input_nodes:
+        if out is None or not is_call(value, "Expand"):
+            continue
+        x = value.args[0]
+        others = [each for each in node.all_input_nodes if each is not value and tensor_type(each) is not None]
+        places = range(1, len(out.shape) + 1)
+        if all(_extent(x, n, facts) == _extent(value, n, facts) or _reached(node, others, n, facts) for n in places):
+            args = fx.map_arg(node.args, lambda each, old=value, new=x: new if each is old else each)
+            return Instead(node.target, args, f"broadcasts without {value.name}", value, dict(node.kwargs))
+    return None
+
+
+def _extent(value: Any, place: int, facts: Facts) -> Extent:
+    """Return a size, counted from the end; 1 ahead of the first dimension."""
+    spec = tensor_type(value)
+    return 1 if spec is None or place > len(spec.shape) else facts.extents(value, -place)
+
+
+def _reached(node: fx.Node, others: Sequence[fx.Node], place: int, facts: Facts) -> bool:
+    """Say whether operands alone are as large as the result in one dimension."""
+    return _extent(node, place, facts) in {_extent(each, place, facts) for each in others}
+
+
+def _first_of(*rules: Rule) -> Rule:
+    def rule(call: Call, facts: Facts) -> Same | Instead | Kept | None:
+        found = (each(call, facts) for each in rules)
+        return next((each for each in found if each is not None), None)
+
+    return rule
+
+
 # -- the table --
 
 
@@ -458,7 +496,7 @@ def _table(rule: Rule, names: str) -> Iterable[tuple[str, Rule]]:
     return ((name, rule) for name in names.split())
 
 
-ONNX_RULES: Final[dict[str, Rule]] = dict(
+_OWN: Final[dict[str, Rule]] = dict(
     (
         *_table(_identity, "Identity"),
         *_table(_dropout, "Dropout"),
@@ -487,4 +525,9 @@ ONNX_RULES: Final[dict[str, Rule]] = dict(
         *_table(_transpose, "Transpose"),
     )
 )
+
+ONNX_RULES: Final[dict[str, Rule]] = {
+    **_OWN,
+    **{name: _first_of(_OWN[name], _broadcast) if name in _OWN else _broadcast for name in sorted(BINARY)},
+}
 """The rule of every operator that may compute nothing, by its key."""

@@ -188,6 +188,28 @@ def test_an_order_that_moves_no_entries_is_a_reshape() -> None:
     sound(done)
 
 
+def test_operands_need_not_be_as_large_as_the_result() -> None:
+    done = inside(
+        "n = ReduceL2<keepdims = 1>(a, k) s = Shape(a) e = Expand(n, s) d = Div(a, e) f = Expand(v, t) b = Add(d, f)",
+        k=[-1],
+        v=(1, 1, 8),
+        t=[1, 3, 8],
+    )
+    assert left(done) == ["ReduceL2", "Div", "Add"]
+    sound(done)
+
+
+def test_an_operand_that_makes_the_result_large_stays() -> None:
+    done = trial(
+        RemoveIdentities(),
+        "(float[N,1,8] x) => (float[N,3,8] y)",
+        "e = Expand(v, t) y = Add(x, e)",
+        {"v": (1, 1, 8), "t": [1, 3, 1]},
+    )
+    assert calls(done.after) == ["Expand", "Add"]
+    assert done.unchanged
+
+
 def test_a_size_that_varies_is_inferred() -> None:
     done = inside(
         "c = Shape(x) d = Gather(c, i) e = Concat<axis = 0>(d, f) g = Reshape(a, e) h = Relu(g) b = Reshape(h, t)",
