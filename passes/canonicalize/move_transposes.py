@@ -332,7 +332,7 @@ def _ungroup(graph: Graph, node: fx.Node, allows: Callable[[str], bool]) -> str 
         return None
     perm = tuple(dim for group in order for dim in groups[group])
     x, perm = _squeezed(graph, x, perm, node)  # type: ignore[arg-type]
-    whole = x if is_plain(perm) else _transposed(graph, x, perm, node)  # type: ignore[arg-type]
+    whole = x if is_plain(perm) else _transposed(graph, x, perm, node)
     if tensor_type(whole) != spec:
         sizes = [-1 if varies else size for size, varies in zip(spec.shape, spec.dynamic, strict=True)]
         whole = insert(graph, last, op("Reshape"), (whole, sizes), like=last)

@@ -465,9 +465,14 @@ def _broadcast(call: Call, facts: Facts) -> Instead | None:
         others = [each for each in node.all_input_nodes if each is not value and tensor_type(each) is not None]
         places = range(1, len(out.shape) + 1)
         if all(_extent(x, n, facts) == _extent(value, n, facts) or _reached(node, others, n, facts) for n in places):
-            args = fx.map_arg(node.args, lambda each, old=value, new=x: new if each is old else each)
-            return Instead(node.target, args, f"broadcasts without {value.name}", value, dict(node.kwargs))
+            return Instead(
+                node.target, _with(node.args, value, x), f"broadcasts without {value.name}", value, dict(node.kwargs)
+            )
     return None
+
+
+def _with(args: Any, old: fx.Node, new: Any) -> Any:
+    return fx.map_arg(args, lambda each: new if each is old else each)
 
 
 def _extent(value: Any, place: int, facts: Facts) -> Extent:
