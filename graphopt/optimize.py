@@ -28,7 +28,7 @@ from graphopt.capture import capture
 from graphopt.checkpoint import Checkpoint, Weights
 from graphopt.cost import CostModel
 from graphopt.debugging import Recorder, Reproducer, asked, failure, find_culprit
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.dialects.onnx.facts import is_onnx
 from graphopt.dialects.onnx.write import to_proto
 from graphopt.errors import (

@@ -24,7 +24,7 @@ from graphopt.axes.algebra import Atom, Indices
 from graphopt.axes.infer import Typing
 from graphopt.capture import capture
 from graphopt.cost import Cost, CostModel
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.graph import Graph
 from graphopt.pipeline import Context, Pass, PassResult, Reference
 from graphopt.plan import Plan

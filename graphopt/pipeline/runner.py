@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from graphopt.cost import Cost, CostModel
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.errors import BudgetError, GraphOptError, PassError, VerificationError
 from graphopt.pipeline.base import Context, Pass, PassResult, Preserves, Reference
 from graphopt.pipeline.promises import Failure, Promise, bisect, find_offenders, measure, same

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphopt.axes.algebra import Indices
 from graphopt.capture import capture
 from graphopt.capture.export import is_hollow, without_cache
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.errors import PlanError
 from graphopt.graph import Graph
 from graphopt.rewrite import rewrite

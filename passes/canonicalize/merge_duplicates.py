@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from graphopt.aliases import roots, written
 from graphopt.axes.infer import atoms_of
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.editing import has_effect, is_random, remove_dead, replace
 from graphopt.graph import MODE, Graph, get_attribute, set_tensor, spec_of
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register

@@ -13,7 +13,7 @@ from torch import nn
 
 from graphopt.allocation import ALLOCATORS, Allocator, Budget, Constraints, Keep, Knapsack
 from graphopt.cost import CostModel
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.errors import PassError, PipelineError
 from graphopt.graph import Graph
 from graphopt.importance import CRITERIA, L2, Criterion, ScoreContext

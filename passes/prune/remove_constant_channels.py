@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from graphopt.axes.algebra import Atom, Indices, index_at, leaves
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Typing, atoms_of
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.editing import add_tensor, read, replace_tensor
 from graphopt.graph import Call, Graph, tensor_spec
 from graphopt.passes.affine import made_of, unavailable

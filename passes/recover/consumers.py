@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from graphopt.dialects.aten import infer
+from graphopt.dialects import infer
 from graphopt.dialects.onnx.operators import Op, op
 from graphopt.dialects.products import Product, Windows, operator_key, product_of
 from graphopt.editing import add_tensor, find_tensor, insert, read, readers, remove_tensor, replace, replace_tensor

@@ -9,9 +9,10 @@ import torch
 from torch import fx
 
 from graphopt.axes.algebra import ONE
-from graphopt.axes.infer import NO_FACES, Atoms, Faces, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.infer import NO_FACES, Atoms, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import Contraction, attention, broadcast, convolution, einsum, linear, matmul
-from graphopt.dialects.aten.common import operands, optional, table
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import faces_of_matmul, mark_attention, operands, optional
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -76,24 +77,12 @@ def _matmul(t: Typer, call: Call) -> Value:
     first, second = operands(call)
     out, inner = matmul(t, t[first], t[second])
     t.contract(inner, first, second)
-    if len(t[first]) > 2 and len(t[second]) > 2 and "get_attr" not in (first.op, second.op):
-        # Attention written out: scores contract the query width, their product with the values yields the value width.
-        t.mark(out[-3], "heads")
-        t.mark(inner, "qk dim")
-        t.mark(out[-1], "v dim")
+    mark_attention(t, first, second, out, inner)
     return out
 
 
 def _zeros_of_matmul(z: Zeros, call: Call) -> Atoms:
-    return z.where(call.node, _faces_of_matmul(z, call.node, *operands(call)))
-
-
-def _faces_of_matmul(z: Zeros, node: fx.Node, first: fx.Node, second: fx.Node) -> Faces:
-    rank, left, right = len(z.axes(node)), len(z.axes(first)), len(z.axes(second))
-    batch = rank - (left > 1) - (right > 1)
-    rows = (*range(batch - max(left - 2, 0), batch), *([batch] if left > 1 else []), None)
-    columns = (*range(batch - max(right - 2, 0), batch), None, *([rank - 1] if right > 1 else []))
-    return z.at(node, first, rows) | z.at(node, second, columns)
+    return z.where(call.node, faces_of_matmul(z, call.node, *operands(call)))
 
 
 def _addmm(t: Typer, call: Call) -> Value:
@@ -105,7 +94,7 @@ def _addmm(t: Typer, call: Call) -> Value:
 
 def _zeros_of_addmm(z: Zeros, call: Call) -> Atoms:
     bias, first, second = operands(call)
-    return z.where(call.node, z.at(call.node, bias) & _faces_of_matmul(z, call.node, first, second))
+    return z.where(call.node, z.at(call.node, bias) & faces_of_matmul(z, call.node, first, second))
 
 
 def _einsum(t: Typer, call: Call) -> Value:

@@ -6,48 +6,15 @@ from typing import Any
 
 import torch
 
-from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
-from graphopt.dialects.aten.common import opaque, operands, table
-from graphopt.graph import Call
+from graphopt.axes.infer import Operator
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import frozen, resize_shape, uniform, zeros_everywhere
 
 aten = torch.ops.aten
 
 
-def _uniform(t: Typer, call: Call) -> Value:
-    """Type a tensor of equal (or equally distributed) entries: a static axis follows whatever it meets."""
-    spec = call.out
-    return tuple(
-        t.fixed(n, "a dynamic size") if dynamic else t.fresh(n)
-        for n, dynamic in zip(spec.shape, spec.dynamic, strict=True)
-    )
-
-
-def _resize_uniform(r: Resizer, call: Call) -> None:
-    call["size"] = r.entries(call, call["size"], r.axes(call.node))
-
-
-def _zeros_everywhere(z: Zeros, call: Call) -> Atoms:
-    return z.atoms(call.node)
-
-
-def _ordered(t: Typer, call: Call) -> Value:
-    """Type a tensor whose entries differ by position: every axis is frozen."""
-    why = "its entries are numbered"
-    for node in operands(call):
-        for axis in t[node]:
-            t.freeze(axis, why)
-    return opaque(t, call, why)
-
-
-def _mesh(t: Typer, call: Call) -> Value:
-    for node in call["tensors"]:
-        for axis in t[node]:
-            t.freeze(axis, "a grid of coordinates")
-    return opaque(t, call, "a grid of coordinates")
-
-
-_UNIFORM = Operator(_uniform, None, _resize_uniform)
-_NULL = Operator(_uniform, _zeros_everywhere, _resize_uniform)
+_UNIFORM = Operator(uniform, None, resize_shape("size"))
+_NULL = Operator(uniform, zeros_everywhere, resize_shape("size"))
 
 OPERATORS: dict[Any, Operator] = {
     **table(_NULL, "zeros.default", "new_zeros.default"),
@@ -64,7 +31,7 @@ OPERATORS: dict[Any, Operator] = {
         *("rand.default", "randn.default"),
     ),
     **table(
-        Operator(_ordered),
+        frozen("its entries are numbered"),
         *("arange.default", "arange.start", "arange.start_step", "linspace.default", "logspace.default", "eye.default"),
         *(
             "eye.m",
@@ -75,5 +42,5 @@ OPERATORS: dict[Any, Operator] = {
             "tril_indices.default",
         ),
     ),
-    **table(Operator(_mesh), "meshgrid.indexing", "meshgrid.default"),
+    **table(frozen("a grid of coordinates"), "meshgrid.indexing", "meshgrid.default"),
 }

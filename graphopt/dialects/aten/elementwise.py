@@ -9,7 +9,8 @@ from torch import fx
 
 from graphopt.axes.infer import NO_ATOMS, Atoms, Operator, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast
-from graphopt.dialects.aten.common import LIKE, LOSE, MOVE, PASS, elementwise, is_tensor, operands, same, table
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import LIKE, LOSE, MOVE, PASS, elementwise, is_tensor, no_value, operands, same
 from graphopt.graph import Call
 
 aten = torch.ops.aten
@@ -85,10 +86,6 @@ def _zeros_of_addcdiv(z: Zeros, call: Call) -> Atoms:
 
 def _lerp(t: Typer, call: Call) -> Value:
     return broadcast(t, *(t[n] for n in operands(call)))
-
-
-def _no_value(t: Typer, call: Call) -> Value:
-    return None
 
 
 OPERATORS = {
@@ -232,6 +229,6 @@ OPERATORS = {
     **table(Operator(elementwise, _zeros_of_addcdiv), "addcdiv", "addcdiv_"),
     **table(Operator(_prelu, lambda z, call: z[call["self"]]), "prelu"),
     aten.copy_.default: Operator(elementwise, _zeros_of_every),
-    aten._assert_tensor_metadata.default: Operator(_no_value),
-    aten._assert_async.msg: Operator(_no_value),
+    aten._assert_tensor_metadata.default: Operator(no_value),
+    aten._assert_async.msg: Operator(no_value),
 }

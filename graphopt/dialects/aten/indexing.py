@@ -10,7 +10,8 @@ from torch import fx
 from graphopt.axes.algebra import Axis, leaves
 from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast, one_hot
-from graphopt.dialects.aten.common import no_positions, opaque, operands, same_positions, table, zeros_of_first
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import freeze_operands, frozen, no_positions, same_positions, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -93,14 +94,7 @@ def _take_along(t: Typer, call: Call) -> Value:
 
 def _rigid(t: Typer, call: Call) -> Value:
     """Freeze every tensor operand; the result has the axes of the first."""
-    for node in operands(call):
-        for axis in t[node]:
-            t.freeze(axis, _WHY)
-    indices = call["indices"] if call.has("indices") else None
-    for node in indices if isinstance(indices, list | tuple) else ():
-        if isinstance(node, fx.Node):
-            for axis in t[node]:
-                t.freeze(axis, _WHY)
+    freeze_operands(t, call, _WHY)
     return t[call.node.args[0]]
 
 
@@ -141,7 +135,7 @@ def _one_hot(t: Typer, call: Call) -> Value:
             t.facts[call.node] = held
             return made
     t.address(t.fixed(1, _COUNTED), call["self"], _COUNTED)
-    return _opaque(_COUNTED).type(t, call)
+    return frozen(_COUNTED).type(t, call)
 
 
 def _resize_one_hot(r: Resizer, call: Call) -> None:
@@ -156,7 +150,7 @@ def _histogram(t: Typer, call: Call) -> Value:
         t.facts[call.node] = held
         return (held,)
     t.address(t.fixed(1, _COUNTED), call["self"], _COUNTED)
-    return _opaque(_COUNTED).type(t, call)
+    return frozen(_COUNTED).type(t, call)
 
 
 def _resize_histogram(r: Resizer, call: Call) -> None:
@@ -195,18 +189,6 @@ def _zeros_of_embedding(z: Zeros, call: Call) -> Atoms:
     return z.where(call.node, z.at(call.node, call["weight"], (None, rank - 1)))
 
 
-def _opaque(why: str) -> Operator:
-    """Make an operator on data of which nothing can be said: results and operands are frozen."""
-
-    def type_(t: Typer, call: Call) -> Value:
-        for node in operands(call):
-            for axis in t[node]:
-                t.freeze(axis, why)
-        return opaque(t, call, why)
-
-    return Operator(type_)
-
-
 OPERATORS: dict[Any, Operator] = {
     aten.embedding.default: Operator(_embedding, _zeros_of_embedding, positions=no_positions),
     aten.index.Tensor: Operator(_index, zeros_of_first, positions=same_positions),
@@ -240,7 +222,7 @@ OPERATORS: dict[Any, Operator] = {
     ),
     **table(Operator(_scatter, _zeros_of_scatter), "slice_scatter.default", "select_scatter.default"),
     **table(
-        _opaque(_COUNTED),
+        frozen(_COUNTED),
         *("bincount.default", "nonzero.default", "unique_consecutive.default", "_unique2.default"),
         *("searchsorted.Tensor", "bucketize.Tensor", "masked_select.default", "cdist.default"),
     ),

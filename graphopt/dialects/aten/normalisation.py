@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.axes.algebra import Axis, leaves, product
+from graphopt.axes.algebra import Axis, product
 from graphopt.axes.infer import Atoms, Axes, Faces, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast, drop
-from graphopt.dialects.aten.common import CHOOSING, dims_of, optional, table
-from graphopt.graph import Call, TensorSpec, spec_of
+from graphopt.dialects.aten.common import CHOOSING, table
+from graphopt.dialects.common import atoms_inside, dims_of, faces_outside, is_routed, optional
+from graphopt.graph import Call
 
 aten = torch.ops.aten
-
-REACH = 8
-"""How many operators of one shape may stand between a softmax and what takes its largest entries."""
 
 
 def _batch_norm(t: Typer, call: Call) -> Value:
@@ -43,17 +41,10 @@ def _measured_dims(call: Call, rank: int) -> list[int]:
 def _zeros_of_batch_norm(z: Zeros, call: Call) -> Atoms:
     node, x = call.node, call["input"]
     dims = _measured_dims(call, len(z.axes(x)))
-    centred = _outside(z, call, dims)
+    centred = faces_outside(z, node, x, dims)
     if call["running_mean"] is not None:
         centred &= z.at(node, call["running_mean"], (1,))
     return z.where(node, _scaled(z, call, centred, (1,)))
-
-
-def _outside(z: Zeros, call: Call, dims: Iterable[int]) -> Faces:
-    """Return where the input is zero, but for the atoms of the dimensions that are normalised over."""
-    axes = z.axes(call["input"])
-    measured = {leaf for d in dims for leaf in leaves(axes[d])}
-    return frozenset(face for face in z.at(call.node, call["input"]) if face[0] not in measured)
 
 
 def _scaled(z: Zeros, call: Call, faces: Faces, dims: Sequence[int] | None) -> Faces:
@@ -78,7 +69,7 @@ def _layer_norm(t: Typer, call: Call) -> Value:
 
 def _zeros_of_layer_norm(z: Zeros, call: Call) -> Atoms:
     rank = len(z.axes(call["input"]))
-    found = _outside(z, call, range(rank - len(call["normalized_shape"]), rank))
+    found = faces_outside(z, call.node, call["input"], range(rank - len(call["normalized_shape"]), rank))
     return z.where(call.node, _scaled(z, call, found, None))
 
 
@@ -109,25 +100,10 @@ def _normalised_groups(t: Typer, call: Call, x: Axes, count: int) -> Axis:
 
 def _zeros_of_group_norm(z: Zeros, call: Call) -> Atoms:
     axes = z.axes(call["input"])
-    inside = _inner_atoms(axes[1], call["num_groups"])
-    found = frozenset(face for face in _outside(z, call, range(2, len(axes))) if face[0] not in inside)
+    inside = atoms_inside(axes[1], call["num_groups"])
+    outside = faces_outside(z, call.node, call["input"], range(2, len(axes)))
+    found = frozenset(face for face in outside if face[0] not in inside)
     return z.where(call.node, _scaled(z, call, found, (1,)))
-
-
-def _inner_atoms(channels: Axis, groups: int) -> Atoms:
-    """Return the atoms that one group normalises over: those inside the outermost ``groups`` rows."""
-    if groups == channels.size:
-        return frozenset()
-    outer = 1
-    factors = getattr(channels, "factors", None)
-    if groups == 1 or factors is None:
-        return frozenset(leaves(channels))
-    inside: set[Any] = set()
-    for factor in factors:
-        if outer >= groups:
-            inside.update(leaves(factor))
-        outer *= factor.size
-    return frozenset(inside)
 
 
 def _resize_group_norm(r: Resizer, call: Call) -> None:
@@ -168,33 +144,18 @@ def _resize_native_group_norm(r: Resizer, call: Call) -> None:
         call[name] = r.entry(call, call[name], axis)
 
 
+def _chosen(node: fx.Node) -> int | None:
+    return Call(node)["dim"] if node.target in CHOOSING else None
+
+
 def _softmax(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     for d in dims_of(call["dim"], len(x)):
-        if _is_routed(call.node, d):
+        if is_routed(call.node, d, _chosen):
             t.normalise(x[d])
         else:
             t.freeze(x[d], "softmax over it")
     return x
-
-
-def _is_routed(node: fx.Node, dim: int) -> bool:
-    """Say whether the largest entries along ``dim`` are taken later, as a router takes experts."""
-    shape = _shape(node)
-    reached, pending = {node}, [node]
-    while pending:
-        for user in pending.pop().users:
-            if user.target in CHOOSING and Call(user)["dim"] in (dim, dim - len(shape or ())):
-                return True
-            if user not in reached and len(reached) < REACH and _shape(user) == shape:
-                reached.add(user)
-                pending.append(user)
-    return False
-
-
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    spec = spec_of(node)
-    return spec.shape if isinstance(spec, TensorSpec) and node.op == "call_function" else None
 
 
 OPERATORS: dict[Any, Operator] = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from operator import getitem
 from typing import Any
 
 import torch
 
 from graphopt.axes.infer import Axes, Operator, Positions, Typer, Value
 from graphopt.axes.rules import drop
-from graphopt.dialects.aten.common import dims_of, no_positions, same_positions, specs_of, table, zeros_of_first
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import are_used, dims_of, no_positions, same_positions, specs_of, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def _top(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
     k = specs_of(call)[0].shape[dim]
-    if _are_used(call, 1) and isinstance(call["k"], int):
+    if are_used(call, 1) and isinstance(call["k"], int):
         t.choose(x[dim], k)
     else:
         t.freeze(x[dim], "its largest entries are taken")
@@ -86,16 +86,11 @@ def _positions_of_top(t: Typer, call: Call) -> Positions:
     return [None, x[call["dim"] % len(x)]]
 
 
-def _are_used(call: Call, result: int) -> bool:
-    """Say whether one of several results is read."""
-    return any(user.target is getitem and user.args[1] == result and user.users for user in call.node.users)
-
-
 def _largest(t: Typer, call: Call) -> Value:
     """Type the largest entry along ``dim`` with its position, or the position alone."""
     x, (dim, *_), out = _reduced(t, call)
     several = isinstance(spec_of(call.node), tuple)
-    if call["dim"] is not None and (not several or _are_used(call, 1)):
+    if call["dim"] is not None and (not several or are_used(call, 1)):
         t.choose(x[dim], 1)
         return [out, out] if several else out
     return _extremum(t, call)

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from typing import Any
 
 import torch
-from torch import fx
 
-from graphopt.axes.algebra import ONE, Axis, concat, is_frozen, product
-from graphopt.axes.infer import NO_ATOMS, Atoms, Axes, Operator, Positions, Resizer, Typer, Value, Zeros
-from graphopt.axes.rules import Window, drop, is_boundary, join, pad, permute, reshape, sections, spread, tile, window
-from graphopt.dialects.aten.common import (
+from graphopt.axes.algebra import ONE, is_frozen, product
+from graphopt.axes.infer import NO_ATOMS, Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.rules import Window, drop, join, pad, permute, reshape, sections, spread, tile, window
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import (
+    ITEM,
+    NUMBER,
     PASS,
+    bounds,
+    check_cuts,
     dims_of,
-    frozen_dims,
+    fixed_space,
     hints,
+    moved_bounds,
+    new_shape,
     no_positions,
+    part_sizes,
+    parts_of,
+    positions_of_each,
+    positions_of_item,
+    repeated,
     same_positions,
-    specs_of,
-    table,
     zeros_of_first,
 )
 from graphopt.graph import Call, hint, tensor_spec
@@ -41,7 +49,7 @@ def _resize_view(name: str) -> Any:
     """Rewrite the shape; a strict view becomes a reshape, for a sliced tensor may have other strides."""
 
     def resize(r: Resizer, call: Call) -> None:
-        shape = _new_shape(r, call, call[name], r.axes(call.node))
+        shape = new_shape(r, call, call[name], r.axes(call.node))
         if call.node.target in (aten.view.default, aten._unsafe_view.default):
             source = call.node.args[0]
             call.node.target = aten.reshape.default
@@ -51,14 +59,6 @@ def _resize_view(name: str) -> Any:
             call[name] = shape
 
     return resize
-
-
-def _new_shape(r: Resizer, call: Call, old: Sequence[Any], axes: Sequence[Axis]) -> list[Any]:
-    """Return the shape of a view; a single dynamic entry that shrinks is left to be found from the others."""
-    shrinking = [i for i, (o, a) in enumerate(zip(old, axes, strict=True)) if isinstance(o, fx.Node) and r.changed(a)]
-    if len(shrinking) == 1 and not any(isinstance(o, int) and o == -1 for o in old):
-        old = [-1 if i in shrinking else o for i, o in enumerate(old)]
-    return r.entries(call, old, axes)
 
 
 def _unflatten_resize(r: Resizer, call: Call) -> None:
@@ -149,11 +149,7 @@ def _loosen(r: Resizer, call: Call) -> None:
 
 def _repeat(t: Typer, call: Call) -> Value:
     out, counts = tile(t, t[call["self"]], hints(call["repeats"]))
-    for count, dynamic in zip(counts, call.out.dynamic, strict=True):
-        if dynamic:
-            t.freeze(count, "a dynamic size")
-    t.facts[call.node] = counts
-    return out
+    return repeated(t, call, out, counts, len(counts))
 
 
 def _resize_repeat(r: Resizer, call: Call) -> None:
@@ -165,11 +161,7 @@ def _tile(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dims = hints(call["dims"])
     out, counts = tile(t, x, [*[1] * (len(x) - len(dims)), *dims])
-    for count, dynamic in zip(counts, call.out.dynamic, strict=True):
-        if dynamic:
-            t.freeze(count, "a dynamic size")
-    t.facts[call.node] = counts[len(counts) - len(dims) :]
-    return out
+    return repeated(t, call, out, counts, len(dims))
 
 
 def _resize_tile(r: Resizer, call: Call) -> None:
@@ -222,27 +214,13 @@ def _stack(t: Typer, call: Call) -> Value:
     return (*first[:dim], t.fixed(len(tensors), "stacked values"), *first[dim:])
 
 
-def _part_sizes(call: Call, dim: int) -> list[int]:
-    spec = call.node.meta["spec"]
-    return [part.shape[dim] for part in spec]
-
-
-def _check_cuts(t: Typer, call: Call, axis: Axis, dim: int, positions: Iterable[int]) -> None:
-    """Freeze a dynamic dimension that is cut elsewhere than where it was joined.
-
-    Where such a cut falls among the indices is known for the example's sizes alone.
-    """
-    if call.spec("self").dynamic[dim] and not all(is_boundary(axis, p) for p in positions):
-        t.freeze(axis, "a dynamic dimension is cut")
-
-
 def _split(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
-    sizes = _part_sizes(call, dim)
+    sizes = part_sizes(call, dim)
     if is_frozen(x[dim]):
         return [(*x[:dim], t.fixed(n, "part of a frozen axis"), *x[dim + 1 :]) for n in sizes]
-    _check_cuts(t, call, x[dim], dim, accumulate(sizes))
+    check_cuts(t, call.spec("self"), x[dim], dim, accumulate(sizes))
     return list(sections(t, x, dim, sizes))
 
 
@@ -250,9 +228,7 @@ def _resize_split(r: Resizer, call: Call) -> None:
     """Spell the part sizes out: after a pruning the parts need not be equal."""
     x = r.axes(call["self"])
     dim = call["dim"] % len(x)
-    parts = r.axes_of(call.node)
-    assert isinstance(parts, list)
-    axes: list[Axis] = [part[dim] for part in parts if isinstance(part, tuple)]
+    axes = parts_of(r, call, dim)
     if not any(r.changed(a) for a in axes):
         return
     source, sizes = call["self"], [r.size(a) for a in axes]
@@ -285,15 +261,6 @@ def _unbind(t: Typer, call: Call) -> Value:
     return [(*x[:dim], *x[dim + 1 :]) for _ in range(x[dim].size)]
 
 
-def _getitem(t: Typer, call: Call) -> Value:
-    """Take one result of several: the one operator of the dialect without a schema."""
-    source, index = call.node.args
-    assert isinstance(source, fx.Node)
-    assert isinstance(index, int)
-    value = t.values[source]
-    return value[index] if isinstance(value, list) else None
-
-
 def _select(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
@@ -301,60 +268,23 @@ def _select(t: Typer, call: Call) -> Value:
     return drop(x, [dim], keepdim=False)
 
 
-def _bounds(call: Call, size: int) -> tuple[int, int, int]:
-    def clip(value: Any, default: int) -> int:
-        if value is None:
-            return default
-        number = hint(value)
-        return min(max(number + size if number < 0 else number, 0), size)
-
-    start, stop = clip(call["start"], 0), clip(call["end"], size)
-    return start, max(start, stop), hint(call["step"])
-
-
 def _slice(t: Typer, call: Call) -> Value:
     x = t[call["self"]]
     dim = call["dim"] % len(x)
-    start, stop, step = _bounds(call, x[dim].size)
+    (start, stop), step = bounds(call["start"], call["end"], x[dim].size), hint(call["step"])
     if (start, stop, step) == (0, x[dim].size, 1):
         return x
-    _check_cuts(t, call, x[dim], dim, (start, stop))
+    check_cuts(t, call.spec("self"), x[dim], dim, (start, stop))
     part = window(t, x[dim], start, stop, step)
     t.facts[call.node] = part
     return (*x[:dim], part.taken, *x[dim + 1 :])
 
 
 def _resize_slice(r: Resizer, call: Call) -> None:
-    """Move the bounds. One that lies at or beyond the end, as an open one does, still does when the axis shrinks."""
     part = r.fact
     if not isinstance(part, Window):
         return
-    step = hint(call["step"])
-    if step == 1:
-        call["start"] = _moved(r, call, call["start"], [part.before], [part.taken, part.after])
-        call["end"] = _moved(r, call, call["end"], [part.before, part.taken], [part.after])
-    elif r.changed(part.taken):
-        call["end"] = hint(call["start"] or 0) + r.size(part.taken) * step
-
-
-def _moved(r: Resizer, call: Call, bound: Any, below: list[Axis], above: list[Axis]) -> Any:
-    """Return a slice's bound, which may count from the end, when ``below`` and ``above`` it stand these axes."""
-    if bound is not None and hint(bound) < 0:
-        if not any(map(r.changed, above)):
-            return bound
-        return _negated(call, r.entry(call, _negated(call, bound), concat(above)))
-    if bound is None or (isinstance(bound, int) and not any(a.size for a in above)):
-        return bound
-    return r.entry(call, bound, concat(below))
-
-
-def _negated(call: Call, number: Any) -> Any:
-    if not isinstance(number, fx.Node):
-        return -number
-    with call.node.graph.inserting_before(call.node):
-        made = call.node.graph.call_function(operator.neg, (number,))
-    made.meta["spec"] = -number.meta["spec"]
-    return made
+    call["start"], call["end"] = moved_bounds(r, call, part, call["start"], call["end"], hint(call["step"]))
 
 
 def _narrow(t: Typer, call: Call) -> Value:
@@ -362,7 +292,7 @@ def _narrow(t: Typer, call: Call) -> Value:
     dim = call["dim"] % len(x)
     start = hint(call["start"]) % x[dim].size
     stop = start + hint(call["length"])
-    _check_cuts(t, call, x[dim], dim, (start, stop))
+    check_cuts(t, call.spec("self"), x[dim], dim, (start, stop))
     part = window(t, x[dim], start, stop, 1)
     t.facts[call.node] = part
     return (*x[:dim], part.taken, *x[dim + 1 :])
@@ -434,15 +364,9 @@ def _gate(t: Typer, call: Call) -> Value:
 # -- channels into space and back -----------------------------------------------------------------------------------
 
 
-def _fixed_space(t: Typer, x: Axes, rank: int) -> Axes:
-    """Freeze the last ``rank`` dimensions, which are places."""
-    frozen_dims(range(len(x) - rank, len(x)), x, t, "a spatial dimension")
-    return x
-
-
 def _pixel_shuffle(t: Typer, call: Call) -> Value:
     """``(n, c r r, h, w) -> (n, c, h r, w r)``: the r x r sub-positions are fixed."""
-    x = _fixed_space(t, t[call["self"]], 2)
+    x = fixed_space(t, t[call["self"]], 2)
     factor = call["upscale_factor"]
     channels, places = t.split(x[-3], x[-3].size // factor**2)
     t.freeze(places, "a sub-position in space")
@@ -450,7 +374,7 @@ def _pixel_shuffle(t: Typer, call: Call) -> Value:
 
 
 def _pixel_unshuffle(t: Typer, call: Call) -> Value:
-    x = _fixed_space(t, t[call["self"]], 2)
+    x = fixed_space(t, t[call["self"]], 2)
     places = t.fixed(call["downscale_factor"] ** 2, "a sub-position in space")
     return (*x[:-3], product((x[-3], places)), *t.opaque(t.shape()[-2:], "a spatial dimension"))
 
@@ -463,13 +387,13 @@ def _channel_shuffle(t: Typer, call: Call) -> Value:
 
 
 def _im2col(t: Typer, call: Call) -> Value:
-    x = _fixed_space(t, t[call["self"]], 2)
+    x = fixed_space(t, t[call["self"]], 2)
     patch = t.fixed(prod(call["kernel_size"]), "a patch's position")
     return (*x[:-3], product((x[-3], patch)), t.fixed(t.shape()[-1], "patches"))
 
 
 def _col2im(t: Typer, call: Call) -> Value:
-    x = _fixed_space(t, t[call["self"]], 1)
+    x = fixed_space(t, t[call["self"]], 1)
     channels, patch = t.split(x[-2], x[-2].size // prod(call["kernel_size"]))
     t.freeze(patch, "a patch's position")
     return (*x[:-2], channels, *t.opaque(t.shape()[-2:], "a spatial dimension"))
@@ -483,10 +407,6 @@ def _as_complex(t: Typer, call: Call) -> Value:
 
 def _as_real(t: Typer, call: Call) -> Value:
     return (*t[call["self"]], t.fixed(2, "real and imaginary part"))
-
-
-def _symbolic(t: Typer, call: Call) -> Value:
-    return None
 
 
 _VIEW = Operator(_view, zeros_of_first, _resize_view("size"))
@@ -539,8 +459,8 @@ _ENTRIES: dict[Any, Operator] = {
     **table(Operator(_as_real, zeros_of_first), "view_as_real.default", "view_as_real_copy.default"),
     aten.im2col.default: Operator(_im2col, zeros_of_first),
     aten.col2im.default: Operator(_col2im, zeros_of_first),
-    operator.getitem: Operator(_getitem, zeros_of_first),
-    **table(Operator(_symbolic), "sym_size.int", "sym_numel.default", "sym_stride.int"),
+    operator.getitem: ITEM,
+    **table(NUMBER, "sym_size.int", "sym_numel.default", "sym_stride.int"),
 }
 
 _MOVING = table(
@@ -561,24 +481,13 @@ _MOVING = table(
 """Operators whose result holds entries of their first argument."""
 
 
-def _some_of_several(t: Typer, call: Call) -> Positions:
-    held = same_positions(t, call)
-    return None if held is None else [held for _ in specs_of(call)]
-
-
-def _picked(t: Typer, call: Call) -> Positions:
-    source, index = call.node.args
-    held = t.positions.get(source) if isinstance(source, fx.Node) else None
-    return held[index] if isinstance(held, list) and isinstance(index, int) else None
-
-
 _POSITIONS = {
     **dict.fromkeys(_MOVING, same_positions),
     **dict.fromkeys(
-        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int), _some_of_several
+        (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int), positions_of_each
     ),
     **dict.fromkeys((aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int), no_positions),
-    operator.getitem: _picked,
+    operator.getitem: positions_of_item,
 }
 
 OPERATORS: dict[Any, Operator] = {

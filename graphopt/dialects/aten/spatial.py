@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from graphopt.axes.infer import Operator, Typer, Value
-from graphopt.dialects.aten.common import table, zeros_of_first
-from graphopt.graph import Call, TensorSpec, spec_of
+from graphopt.dialects.aten.common import table
+from graphopt.dialects.common import over_space, zeros_of_first
+from graphopt.graph import Call
 
 aten = torch.ops.aten
 
@@ -17,17 +18,7 @@ def _over_space(rank: int) -> Operator:
     """Keep all but the last ``rank`` dimensions, which are new and frozen."""
 
     def type_(t: Typer, call: Call) -> Value:
-        x = t[call.node.args[0]]
-        for axis in x[-rank:]:
-            t.freeze(axis, "a spatial dimension")
-
-        def result(spec: TensorSpec) -> Value:
-            return (*x[:-rank], *t.opaque(spec.shape[-rank:], "a spatial dimension"))
-
-        spec = spec_of(call.node)
-        if isinstance(spec, tuple):
-            return [result(s) for s in spec if isinstance(s, TensorSpec)]
-        return result(call.out)
+        return over_space(t, call, t[call.node.args[0]], rank)
 
     return Operator(type_, zeros_of_first)
 
