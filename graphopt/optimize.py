@@ -50,7 +50,7 @@ from graphopt.report import BudgetLine, Comparison, Inspection, Report, frozen_r
 from graphopt.report.wording import amount, listing, plural
 from graphopt.shrink import follow  # lets plans be applied to modules, too
 from graphopt.targets import Lowered, Target, find_target, write_manifest
-from graphopt.targets.base import staged
+from graphopt.targets.base import PROVENANCE, staged
 
 __all__ = ["Result", "explain", "inspect", "optimize"]
 
@@ -638,6 +638,7 @@ def _lowered(
 ) -> tuple[Lowered, dict[str, Path]]:
     """Lower to the target; with a folder, write everything into it, or nothing at all."""
     observer().stage(f"lower to {target.name}")
+    outcome.graph.module.meta[PROVENANCE] = _provenance(report)
     if output is None:
         with clock("lower"):
             lowered = target.lower(outcome.graph, None)
@@ -664,6 +665,16 @@ def _lowered(
     artifacts = {kind: output / path.name for kind, path in made.items()}
     report.artifacts = {kind: str(path) for kind, path in artifacts.items()}
     return lowered, artifacts
+
+
+def _provenance(report: Report) -> dict[str, str]:
+    """Return how a model was made, the same for the same call: what stands in the file itself."""
+    return {
+        "graphopt.pipeline": report.pipeline,
+        "graphopt.seed": str(report.seed),
+        "graphopt.target": report.target,
+        "graphopt.version": report.versions["graphopt"],
+    }
 
 
 def _tell(report: Report, target: Target, lowered: Lowered) -> None:

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 
+PROVENANCE = "provenance"
+"""Key in a graph's ``module.meta`` of how it was made: texts by name, for targets whose files have room for them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Check:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -19,9 +19,12 @@ from graphopt.errors import LoweringError, UnsupportedOperatorError, Verificatio
 from graphopt.graph import Graph
 from graphopt.sweep import flatten_inputs
 from graphopt.targets import program as programs
-from graphopt.targets.base import Check, Lowered, Target, require, staged
-from graphopt.targets.lowering.storage import EMBEDDED_LIMIT, embed, write
+from graphopt.targets.base import PROVENANCE, Check, Lowered, Target, require, staged
+from graphopt.targets.lowering.storage import EMBEDDED_LIMIT, embed, refer, write
 from graphopt.targets.lowering.translate import Translated, translate
+
+if TYPE_CHECKING:
+    import onnx
 
 FILE = "model.onnx"
 
@@ -50,13 +53,19 @@ class OnnxTarget(Target):
     def lower(self, graph: Graph, directory: Path | None = None) -> Lowered:
         require("onnx", extra="onnx", purpose="writing an ONNX file")
         translated = _translated(graph)
+        _describe(translated.skeleton, graph.module.meta.get(PROVENANCE, {}))
         with staged(directory) if directory is not None else _temporary() as stage:
-            write(translated.skeleton, translated.weights, stage / FILE, limit=EMBEDDED_LIMIT)
+            files = write(translated.skeleton, translated.weights, stage / FILE, limit=EMBEDDED_LIMIT)
             _check_file(stage / FILE)
             checks, notes = self._run(graph, translated, stage / FILE)
+        if len(files) > 1 and directory is not None:
+            model = refer(translated.skeleton, translated.weights, files[1].name)
+            notes = (*notes, f"the weights stand in {files[1].name}: the model in memory refers to that file")
+        else:
+            model = embed(translated.skeleton, translated.weights)
         return Lowered(
             artifacts={} if directory is None else {"onnx": directory / FILE},
-            onnx=embed(translated.skeleton, translated.weights),
+            onnx=model,
             checks=checks,
             notes=(*translated.notes, *notes),
         )
@@ -77,6 +86,14 @@ class OnnxTarget(Target):
 
 class _NoKernelError(Exception):
     """Say that ONNX Runtime has no CPU kernel for an operator in some precision."""
+
+
+def _describe(model: onnx.ModelProto, facts: Mapping[str, str]) -> None:
+    """Say in the file how it was made, besides what it says already; properties are sorted by name."""
+    entries = {entry.key: entry.value for entry in model.metadata_props} | dict(facts)
+    del model.metadata_props[:]
+    for key in sorted(entries):
+        model.metadata_props.add(key=key, value=entries[key])
 
 
 @contextlib.contextmanager

@@ -6,13 +6,14 @@ stand in a file of their own, which the model names relative to its own folder.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 
+from graphopt.capture.onnx.weights import to_bytes
+from graphopt.errors import LoweringError
 from graphopt.targets.lowering.emitter import onnx_type
 
 if TYPE_CHECKING:
@@ -29,11 +30,11 @@ _INSIDE: Final = 1024
 
 def weight_bytes(weights: Mapping[str, torch.Tensor]) -> int:
     """Return the bytes that all weights take."""
-    return sum(t.numel() * t.element_size() for t in weights.values())
+    return sum(map(_size, weights.values()))
 
 
 def embed(skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> onnx.ModelProto:
-    """Return a model that holds its weights."""
+    """Return a model that holds its weights, in their order."""
     import onnx
 
     model = onnx.ModelProto()
@@ -45,38 +46,91 @@ def embed(skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> onn
     return model
 
 
-def write(
-    skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor], path: Path, *, limit: int = EMBEDDED_LIMIT
-) -> list[Path]:
-    """Write a model, and beside it ``<name>.data`` if its weights take more than ``limit`` bytes; return the files.
+def refer(skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor], location: str) -> onnx.ModelProto:
+    """Return a model whose weights stand in the file ``location``, as :func:`write` lays them out there.
 
     Weights of less than a kilobyte stay in the model: runtimes read shapes from them when they load it.
     """
     import onnx
 
-    if weight_bytes(weights) <= limit:
-        path.write_bytes(embed(skeleton, weights).SerializeToString())
-        return [path]
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
+    for name, tensor, offset in _layout(weights):
+        proto = _header(name, tensor)
+        if offset is None:
+            proto.raw_data = to_bytes(tensor)
+        else:
+            place = {"location": location, "offset": str(offset), "length": str(_size(tensor))}
+            proto.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in place.items():
+                entry = proto.external_data.add()
+                entry.key, entry.value = key, value
+        model.graph.initializer.append(proto)
+    return model
+
+
+def write(
+    skeleton: onnx.ModelProto, weights: Mapping[str, torch.Tensor], path: Path, *, limit: int = EMBEDDED_LIMIT
+) -> list[Path]:
+    """Write a model, and beside it ``<name>.data`` if its weights take more than ``limit`` bytes; return the files.
+
+    The same model and weights make the same bytes. What is in a file is written a tensor at a time, and no two are
+    copied at once.
+
+    Raises:
+        LoweringError: if the model without its weights is too large for one message.
+        OSError: if a file cannot be written.
+    """
+    if weight_bytes(weights) <= limit:
+        path.write_bytes(serialized(embed(skeleton, weights)))
+        return [path]
     beside = path.with_name(f"{path.name}.data")
     with beside.open("wb") as file:
-        for name, tensor in weights.items():
-            proto = _header(name, tensor)
-            data = to_bytes(tensor)
-            if len(data) < _INSIDE:
-                proto.raw_data = data
-            else:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                place = {"location": beside.name, "offset": str(file.tell()), "length": str(len(data))}
-                proto.data_location = onnx.TensorProto.EXTERNAL
-                for key, value in place.items():
-                    entry = proto.external_data.add()
-                    entry.key, entry.value = key, value
-                file.write(data)
-            model.graph.initializer.append(proto)
-    path.write_bytes(model.SerializeToString())
+        for _, tensor, offset in _layout(weights):
+            if offset is not None:
+                file.write(b"\0" * (offset - file.tell()))
+                file.write(to_bytes(tensor))
+    path.write_bytes(serialized(refer(skeleton, weights, beside.name)))
     return [path, beside]
+
+
+def serialized(model: onnx.ModelProto) -> bytes:
+    """Return the bytes of a model, the same for the same model.
+
+    Raises:
+        LoweringError: if it is too large for one message of protocol buffers.
+    """
+    from google.protobuf.message import EncodeError
+
+    try:
+        data = model.SerializeToString(deterministic=True)
+    except (EncodeError, ValueError) as error:
+        data = None
+        reason = str(error)
+    else:
+        reason = f"it has {len(data)} bytes"
+    if data is None or len(data) >= 1 << 31:
+        raise LoweringError(
+            f"the ONNX model cannot be saved in one file: {reason}, and a message of protocol buffers holds at most "
+            "2 GB. Nothing was written: split the model in several"
+        )
+    return bytes(data)
+
+
+def _layout(weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, int | None]]:
+    """Yield name, tensor and where it starts in the file beside the model; ``None`` for one that stays in the model."""
+    end = 0
+    for name, tensor in weights.items():
+        if _size(tensor) < _INSIDE:
+            yield name, tensor, None
+            continue
+        start = end + -end % ALIGNMENT
+        yield name, tensor, start
+        end = start + _size(tensor)
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _header(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
@@ -87,14 +141,3 @@ def _header(name: str, tensor: torch.Tensor) -> onnx.TensorProto:
     proto.data_type = onnx_type(tensor.dtype)
     proto.dims.extend(tensor.shape)
     return proto
-
-
-def to_bytes(tensor: torch.Tensor) -> bytes:
-    """Return the entries of a tensor, row-major and little-endian, as ONNX wants them."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.numel() == 0:
-        return b""
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
-    if sys.byteorder == "big":
-        data = data.reshape(-1, tensor.element_size())[:, ::-1].copy()
-    return data.tobytes()

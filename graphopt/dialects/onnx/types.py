@@ -41,7 +41,7 @@ class Filling(NamedTuple):
     As a tuple of plain values it can stand in the code that ``torch.fx`` generates, which a tensor cannot.
     """
 
-    number: complex | float | int | bool
+    number: float
     type: int
 
     @property
