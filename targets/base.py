@@ -73,8 +73,8 @@ class Lowered:
     """What a target made of a graph.
 
     ``artifacts`` maps a kind ("pt2", "onnx") to the file; it is empty where no directory was given. ``onnx`` is the
-    ``onnx.ModelProto``, weights included, of a target that makes one. ``checks`` are the comparisons that were made,
-    all of them passed; ``notes`` are plain sentences for the report.
+    ``onnx.ModelProto`` of a target that makes one, weights included unless they stand in a file beside it. ``checks``
+    are the comparisons that were made, all of them passed; ``notes`` are plain sentences for the report.
     """
 
     artifacts: Mapping[str, Path] = field(default_factory=dict)
@@ -144,7 +144,7 @@ def staged(directory: Path) -> Iterator[Path]:
     Files move one by one, each atomically, in the order of their names' lengths, longest first, and files of the same
     names are taken away before the first move. So a model file (``model.onnx``) arrives after its weights
     (``model.onnx.data``), and never stands beside the weights of another one. When the block raises, ``directory`` is
-    as it was before.
+    as it was before; so it is when a file cannot be moved.
 
     Raises:
         LoweringError: if ``directory`` cannot be written to.
@@ -160,12 +160,7 @@ def staged(directory: Path) -> Iterator[Path]:
     done = False
     try:
         yield stage
-        files = sorted(stage.iterdir(), key=lambda path: (-len(path.name), path.name))
-        if len(files) > 1:
-            for path in reversed(files):
-                (directory / path.name).unlink(missing_ok=True)
-        for path in files:
-            path.replace(directory / path.name)
+        _move(stage, directory)
         done = True
     except OSError as error:
         raise LoweringError(
@@ -177,6 +172,29 @@ def staged(directory: Path) -> Iterator[Path]:
             for path in missing:
                 if path.is_dir() and not any(path.iterdir()):
                     path.rmdir()
+
+
+def _move(stage: Path, directory: Path) -> None:
+    """Move all files of ``stage`` to ``directory``; when one cannot be moved, put back those that stood there."""
+    files = sorted(stage.iterdir(), key=lambda path: (-len(path.name), path.name))
+    aside = stage / ".before"
+    aside.mkdir()
+    arrived: list[Path] = []
+    try:
+        if len(files) > 1:
+            for path in reversed(files):
+                if os.path.lexists(directory / path.name):
+                    (directory / path.name).rename(aside / path.name)
+        for path in files:
+            path.replace(directory / path.name)
+            arrived.append(directory / path.name)
+    except BaseException:
+        if len(files) > 1:
+            for path in arrived:
+                path.unlink(missing_ok=True)
+            for path in sorted(aside.iterdir(), key=lambda path: (-len(path.name), path.name)):
+                path.rename(directory / path.name)
+        raise
 
 
 def write_manifest(directory: Path, artifacts: Mapping[str, Path], facts: Mapping[str, Any] | None = None) -> Path:

@@ -669,3 +669,9 @@ class TestExplain:
         with pytest.raises(graphopt.PipelineError) as raised:
             graphopt.explain(attention(), "down.weight", 2, tokens())
         assert str(raised.value) == "down.weight has 2 dimensions, numbered from 0; there is no dimension 2"
+
+
+def test_a_model_that_costs_nothing_keeps_any_budget() -> None:
+    result = graphopt.optimize(nn.ReLU(), torch.randn(2, 8), target="torch", budget=graphopt.Budget(flops=0.5))
+    assert result.plan.keep == {}
+    assert [line.met for line in result.report.budget] == [True]

@@ -117,7 +117,8 @@ class Problem:
             full=cost.full,
             order=order,
             scores=tuple(v[o] for v, o in zip(values, order, strict=True)),
-            quantities={name: (known[name], limit) for name, limit in limits.items()},
+            # A model without multiplications, say, keeps any limit of them.
+            quantities={name: (known[name], limit) for name, limit in limits.items() if known[name](cost.full) > 0},
             limits=Limits(lower, upper, wanted.step),
             normalised=np.array([bool(g.normalised) for g in cost.groups], dtype=bool),
             budget=budget,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
-from graphopt.capture.onnx.weights import to_bytes
+from graphopt.capture.onnx.weights import buffer, to_bytes
 from graphopt.errors import LoweringError
 from graphopt.targets.lowering.emitter import onnx_type
 
@@ -74,8 +74,8 @@ def write(
 ) -> list[Path]:
     """Write a model, and beside it ``<name>.data`` if its weights take more than ``limit`` bytes; return the files.
 
-    The same model and weights make the same bytes. What is in a file is written a tensor at a time, and no two are
-    copied at once.
+    The same model and weights make the same bytes. Weights are written beside the model as
+    they lie in memory, without a copy.
 
     Raises:
         LoweringError: if the model without its weights is too large for one message.
@@ -89,7 +89,7 @@ def write(
         for _, tensor, offset in _layout(weights):
             if offset is not None:
                 file.write(b"\0" * (offset - file.tell()))
-                file.write(to_bytes(tensor))
+                file.write(buffer(tensor))
     path.write_bytes(serialized(refer(skeleton, weights, beside.name)))
     return [path, beside]
 

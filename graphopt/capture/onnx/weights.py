@@ -25,7 +25,7 @@ from graphopt.errors import CaptureError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Type", "Weights", "short", "to_bytes", "type_name", "type_of"]
+__all__ = ["Type", "Weights", "buffer", "short", "to_bytes", "type_name", "type_of"]
 
 _MAPPED: Final = 1 << 16
 """Bytes from which a tensor in a file is mapped into memory; a smaller one is read."""
@@ -459,14 +459,19 @@ class Weights:
 
 def to_bytes(tensor: torch.Tensor) -> bytes:
     """Return the entries of a tensor, row-major and little-endian, as ONNX wants them."""
+    return bytes(buffer(tensor))
+
+
+def buffer(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of :func:`to_bytes` without a copy, where the tensor lies in memory so already."""
     tensor = tensor.detach().cpu().contiguous()
     if tensor.numel() == 0:
-        return b""
+        return memoryview(b"")
     data = tensor.reshape(-1).view(torch.uint8).numpy()
     if sys.byteorder == "big":
         width = tensor.element_size() // 2 if tensor.is_complex() else tensor.element_size()
-        data = data.reshape(-1, width)[:, ::-1].copy()
-    return data.tobytes()
+        data = data.reshape(-1, width)[:, ::-1].reshape(-1)
+    return data.data
 
 
 def _decoded(data: np.ndarray[Any, Any], kind: Type, count: int) -> torch.Tensor:
