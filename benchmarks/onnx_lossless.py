@@ -151,9 +151,7 @@ def measure(name: str, exporter: Any, optimizers: Sequence[str], rounds: int) ->
                 "nodes": found.total(),
                 "foreign": sum(count for key, count in found.items() if "::" in key),
                 "operators": dict(found.most_common()),
-                "bytes": sum(file.stat().st_size for file in path.parent.iterdir())
-                if variant != ORIGINAL
-                else path.stat().st_size,
+                "bytes": sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*")),
             }
             row["difference"], row["broken"] = compared(path, inputs, expected)
         sound = {row["variant"]: paths[row["variant"]] for row in rows if not row["broken"]}

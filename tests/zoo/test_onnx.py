@@ -1,0 +1,84 @@
+"""Read, write and prune what torch's exporters make of the sixty models.
+
+`onnx_exports.json` says what the exporters refuse, `onnx_coverage.json` what is free in each file. After a change that
+is meant to alter them, write them anew with `python -m tests.zoo.onnx_files` and `python -m tests.zoo.onnx_coverage`,
+and read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from graphopt.capture import capture
+from graphopt.dialects.onnx import runtime
+from graphopt.graph import Graph
+from tests.zoo import ZOO, quiet
+from tests.zoo.onnx_files import EXPORTERS, REFUSED, Exporter, ExportError, exported, feeds
+
+pytestmark = pytest.mark.zoo
+
+EXPECTED_REFUSALS: dict[str, dict[str, str]] = json.loads(REFUSED.read_text())
+
+FILES = [
+    pytest.param(name, exporter, id=f"{name}-{exporter}", marks=pytest.mark.xdist_group(name))
+    for name in ZOO
+    for exporter in EXPORTERS
+    if name not in EXPECTED_REFUSALS[exporter]
+]
+
+
+@lru_cache(maxsize=1)
+def captured(name: str, exporter: Exporter) -> tuple[Path, Graph]:
+    """Export and read a model; the tests do not change the graph."""
+    path = exported(name, exporter)
+    with quiet():
+        return path, capture(path)
+
+
+def run_file(path: Path, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)
+
+
+def relative(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
+    assert expected.shape == found.shape
+    a, b = expected.astype(np.float64), found.astype(np.float64)
+    return float(np.abs(a - b).max(initial=0.0) / max(np.abs(a).max(initial=0.0), 1e-30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_the_exporters_refuse_what_they_are_known_to_refuse(exporter: Exporter) -> None:
+    for name, reason in EXPECTED_REFUSALS[exporter].items():
+        with pytest.raises(ExportError) as refusal:
+            exported(name, exporter)
+        assert str(refusal.value).split(":")[0] == reason.split(":")[0], name
+
+
+@pytest.mark.parametrize(("name", "exporter"), FILES)
+def test_reads_and_writes_without_changing_an_output(name: str, exporter: Exporter) -> None:
+    """Run the graph with torch and as it is written in ONNX Runtime, on another batch size than the example's."""
+    path, graph = captured(name, exporter)
+    inputs = feeds(name, path, batch=3)
+    expected = run_file(path, inputs)
+    tensors = [torch.from_numpy(inputs[value.name]) for value in graph.module.meta["onnx"].inputs]
+    with torch.no_grad():
+        computed = [leaf for leaf in pytree.tree_leaves(graph.module(*tensors)) if isinstance(leaf, torch.Tensor)]
+    written = runtime.outputs(graph, tensors)
+    assert written is not None
+    for a, b, c in zip(expected, computed, written, strict=True):
+        assert relative(a, b.numpy()) <= 2e-5
+        assert relative(a, c.numpy()) <= 2e-6
