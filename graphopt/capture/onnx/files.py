@@ -206,7 +206,11 @@ def _check_header(model: onnx.ModelProto, weights: Weights, onnx: Any, notes: li
         )
     versions: dict[str, int] = {}
     for given in model.opset_import:
-        domain = DOMAIN if given.domain == "ai.onnx" else given.domain
+        domain: Any = DOMAIN if given.domain == "ai.onnx" else given.domain
+        if not isinstance(domain, str):
+            raise weights.error(
+                f"domain '{short(domain)}'", "bytes that are no text", "a name in UTF-8", "rename it and save again"
+            )
         if versions.setdefault(domain, given.version) != given.version:
             raise weights.error(
                 f"domain '{short(domain) or 'ai.onnx'}'",

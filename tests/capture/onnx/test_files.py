@@ -469,6 +469,7 @@ def test_a_declaration_that_says_nothing_is_left_out() -> None:
 
 
 def test_names_that_are_no_text_are_refused() -> None:
+    _refusal(_text(model(imports=[("some", 1)]), b"some", b"\xff\xfe\xfd\xfc"), "domain", "bytes that are no text")
     _refusal(_text(model(), b"relu", b"\xff\xfe\xfd\xfc"), "bytes that are no text", "UTF-8")
     _refusal(_text(model(), b"Relu", b"\xff\xfe\xfd\xfc"), "bytes that are no text", "UTF-8")
 
