@@ -1,159 +1,62 @@
 """Look at linear layers and convolutions as affine maps of one input.
 
-What may live here: what the passes share that split, multiply or add up such maps: reading an operator, the reasons to
-leave its parameters alone, putting kernels into a common form, and making the new parameters.
+What may live here: what the passes share that split, multiply or add up such maps: the reasons to leave their
+parameters alone, inserting them, putting kernels into a common form, and making the new parameters. How they are read
+stands in ``graphopt.dialects.layers``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any, Final
 
 import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
 from graphopt.aliases import family, written
-from graphopt.editing import readers
-from graphopt.graph import Call, Graph, Source, Sources, TensorSpec, tensor_spec
+from graphopt.dialects.layers import Affine, Geometry, read_affine, read_layer
+from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.operators import Op, op
+from graphopt.editing import copied, insert, readers
+from graphopt.graph import SPEC, Call, Graph, Source, TensorSpec, tensor_spec
 from graphopt.report.wording import listing
 
 __all__ = [
     "Affine",
     "Geometry",
     "expanded",
+    "insert_layer",
     "joint_name",
     "made_of",
     "merged_sources",
     "overwritten",
     "read_affine",
+    "read_layer",
+    "repeat_layer",
     "saving",
     "sibling",
-    "sources_of",
     "unavailable",
 ]
-
-aten = torch.ops.aten
-
-CONVOLUTIONS: Final[dict[Any, int]] = {aten.conv1d.default: 1, aten.conv2d.default: 2, aten.conv3d.default: 3}
-"""Convolutions with numbers for their padding, with the number of their spatial dimensions."""
 
 MOST_NAMES: Final = 4
 """How many names are joined to one; of more, the first and the number of the others."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How a convolution goes over its input, without its weights; a linear layer has no spatial dimension.
-
-    ``shape`` is the weight's, ``(out, in / groups, *kernel)``.
-    """
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the arguments of the call that follow input, weight and bias."""
-        if not self.stride:
-            return ()
-        return (list(self.stride), list(self.padding), list(self.dilation), self.groups)
-
-    def macs(self, out: TensorSpec) -> int:
-        """Multiply-adds, for the batch of the example."""
-        return prod(out.shape) * prod(self.shape[1:])
-
-
-@dataclass(frozen=True)
-class Affine:
-    """One linear layer or convolution, ``y = W x + b``.
-
-    A linear layer is a convolution without spatial dimensions: its weight is ``(out, in)``, that of a convolution
-    ``(out, in / groups, *kernel)``; ``stride``, ``padding`` and ``dilation`` have an entry a spatial dimension.
-    """
-
-    node: fx.Node
-    input: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-
-    @property
-    def is_linear(self) -> bool:
-        """Say whether it is a linear layer."""
-        return self.node.target is aten.linear.default
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's shape."""
-        return tensor_spec(self.weight).shape
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The extents of the kernel."""
-        return self.shape[2:]
-
-    @property
-    def out(self) -> TensorSpec:
-        """What it yields."""
-        return tensor_spec(self.node)
-
-    @property
-    def channel(self) -> int:
-        """The dimension of input and result that holds the channels, counted from the end."""
-        return -1 - len(self.kernel)
-
-    @property
-    def geometry(self) -> Geometry:
-        """How it goes over its input."""
-        return Geometry(self.shape, self.stride, self.padding, self.dilation, self.groups)
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds, for the batch of the example."""
-        return self.geometry.macs(self.out)
-
-    @property
-    def params(self) -> int:
-        """Entries of weight and bias."""
-        return prod(self.shape) + (0 if self.bias is None else self.shape[0])
-
-
-def read_affine(node: fx.Node) -> Affine | None:
-    """Return the affine map that ``node`` computes; None for any other operator."""
-    if node.op != "call_function":
-        return None
-    call = Call(node)
-    if node.target is aten.linear.default:
-        return Affine(node, call["input"], call["weight"], call["bias"])
-    rank = CONVOLUTIONS.get(node.target)
-    if rank is None:
-        return None
-    stride, padding, dilation = (_entries(call[name], rank) for name in ("stride", "padding", "dilation"))
-    return Affine(node, call["input"], call["weight"], call["bias"], stride, padding, dilation, call["groups"])
-
-
-def _entries(value: Sequence[int], rank: int) -> tuple[int, ...]:
-    return tuple(value) * rank if len(value) == 1 else tuple(value)
-
-
 def unavailable(graph: Graph, nodes: Iterable[fx.Node | None]) -> str | None:
     """Say why these operands cannot be replaced for their one reader; None if they can.
 
-    Each must be a tensor of the model that has one name and one reader.
+    Each must be a tensor of the model that has one name and one reader. In an ONNX file a vector may have several:
+    exporters keep one of equal ones, which says nothing of the model, and the reader gets one of its own.
     """
     for node in nodes:
         if node is None:
             continue
         if node.op != "get_attr":
             return f"{node.name} is computed, not a tensor of the model"
+        if is_onnx(graph) and prod(shape := tensor_spec(node).shape) == max((1, *shape)):
+            continue
         name = str(node.target)
         names, found = graph.names(name), readers(graph, name)
         if len(names) > 1:
@@ -173,6 +76,77 @@ def overwritten(value: fx.Node, until: fx.Node, since: fx.Node | None = None) ->
             if (since or value) < user < until and each in written(user):
                 return user
     return None
+
+
+# -- calls ------------------------------------------------------------------------------------------------------------
+
+
+def insert_layer(
+    graph: Graph,
+    like: Affine,
+    before: fx.Node,
+    geometry: Geometry,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    *,
+    spec: TensorSpec | None = None,
+) -> fx.Node:
+    """Insert a layer in the form of another, in front of ``before``; return the node that yields its result.
+
+    Args:
+        graph: the graph to edit.
+        like: the layer whose operator and whose part it takes.
+        before: the node that runs next.
+        geometry: how it goes over its input; a linear layer's has no more than its shape.
+        operands: its input, its weight as it is held, its bias.
+        spec: what it yields; by default what ``like`` does.
+    """
+    x, weight, bias = operands
+    target: Any = like.product.target
+    out = spec or like.out
+    if not isinstance(target, Op):
+        spatial: tuple[Any, ...] = ()
+        if not like.is_linear:
+            padding = [first for first, _ in geometry.padding]
+            spatial = (list(geometry.stride), padding, list(geometry.dilation), geometry.groups)
+        arguments = (x, weight, bias, *spatial) if spatial or bias is not None else (x, weight)
+        return insert(graph, before, target, arguments, like=like.node, spec=out)
+    if like.slot is None:
+        product = insert(graph, before, target, (x, weight), like=like.product, spec=out)
+        return product if bias is None else insert(graph, before, op("Add"), (product, bias), like=like.node, spec=out)
+    options = dict(like.product.kwargs)
+    if like.is_linear:
+        options = {name: value for name, value in options.items() if name == "transB"}
+    else:
+        given = {"dilations": list(geometry.dilation), "group": geometry.groups, "strides": list(geometry.stride)}
+        pads = [first for first, _ in geometry.padding] + [last for _, last in geometry.padding]
+        options = {**given, "kernel_shape": list(geometry.shape[2:]), "pads": pads}
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return insert(graph, before, target, inputs, options, like=like.node, spec=out)
+
+
+def repeat_layer(
+    graph: Graph, affine: Affine, before: fx.Node, weight: fx.Node, bias: fx.Node | None, spec: TensorSpec
+) -> fx.Node:
+    """Repeat a layer in front of ``before`` with another weight and bias, as they are held; return what yields it."""
+    product = copied(graph, affine.product, before)
+    call = Call(product)
+    call[_weight_slot(product)] = weight
+    product.meta[SPEC] = spec
+    if affine.bias is None or bias is None:
+        return product
+    if affine.slot is not None:
+        call[affine.slot] = bias
+        return product
+    result = copied(graph, affine.node, before)
+    result.args = (product, bias)
+    result.meta[SPEC] = spec
+    return result
+
+
+def _weight_slot(product: fx.Node) -> str:
+    if not isinstance(product.target, Op):
+        return "weight"
+    return "W" if Call(product).has("W") else "B"
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -254,9 +228,3 @@ def merged_sources(parts: Sequence[tuple[int, Sequence[Source]]]) -> tuple[Sourc
                 found.append(replace(source, positions=np.full(starts[-1], -1, dtype=np.int64)))
             found[known].positions[here] = source.positions
     return tuple(found)
-
-
-def sources_of(graph: Graph, names: Iterable[str | None], dims: Iterable[int]) -> Sources:
-    """Return what the dimensions of a tensor stand for that is an sum of several tensors of one shape."""
-    found = [name for name in names if name is not None]
-    return {dim: tuple(source for name in found for source in graph.stands_for(name, dim)) for dim in dims}

@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
+from graphopt.dialects.layers import norm_of
 from graphopt.editing import find_tensor, remove_dead, remove_tensor, replace
-from graphopt.graph import OWNER, Call, Graph, tensor_spec
+from graphopt.graph import OWNER, Graph, tensor_spec
 from graphopt.passes.merge.scaling import Layer, Map, Refusal, find_layer, layer_of, value_readers
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
 from graphopt.report.wording import plural
-
-aten = torch.ops.aten
-
-STATISTICS = ("weight", "bias", "running_mean", "running_var")
 
 
 @register
@@ -41,14 +37,14 @@ class FoldBatchNorm(Pass):
     preserves: ClassVar[Preserves] = Preserves.EXACT
 
     def run(self, graph: Graph, context: Context) -> PassResult:
-        norms = graph.module.graph.find_nodes(op="call_function", target=aten.batch_norm.default)
+        norms = [node for node in graph.nodes if norm_of(node) is not None]
         counters: set[str] = set()
         refused: dict[fx.Node, Refusal] = {}
         # Into the layer before, first to last; what is left into the layers after, last to first: so that of several
         # batch norms in a row each meets the layer.
         for node in norms:
             found = _map_of(graph, node)
-            layer = found if isinstance(found, Refusal) else find_layer(graph, Call(node)["input"], 1)
+            layer = found if isinstance(found, Refusal) else find_layer(graph, _input(node), 1)
             if isinstance(layer, Refusal):
                 refused[node] = layer
             elif context.allows(node.name):
@@ -79,27 +75,36 @@ def _take_out(graph: Graph, node: fx.Node, layers: list[Layer], where: str, cont
     """Take out a batch norm that was folded; return the name of its batch counter."""
     names = ", ".join(str(layer.weight.target) for layer in layers)
     context.applied(node.name, f"into {names}, {where} it", module=_module(node))
-    path = str(Call(node)["running_mean"].target).rpartition(".")[0]
-    replace(node, Call(node)["input"])
+    norm = norm_of(node)
+    assert norm is not None
+    path = str(norm.statistics["running_mean"].target).rpartition(".")[0]
+    replace(node, norm.input)
     graph.module.graph.erase_node(node)
     return f"{path}.num_batches_tracked".removeprefix(".")
 
 
+def _input(node: fx.Node) -> fx.Node:
+    norm = norm_of(node)
+    assert norm is not None
+    return norm.input
+
+
 def _map_of(graph: Graph, node: fx.Node) -> Map | Refusal:
     """Read scale and shift of a batch norm off its tensors."""
-    call = Call(node)
-    if call["training"]:
+    norm = norm_of(node)
+    assert norm is not None
+    if norm.training:
         return Refusal("it normalises by its batches in evaluation, too")
-    if call["running_mean"] is None or call["running_var"] is None:
+    given = norm.statistics
+    if "running_mean" not in given or "running_var" not in given:
         return Refusal("it has no running statistics")
-    given = {name: call[name] for name in STATISTICS if call[name] is not None}
     for name, operand in given.items():
         if operand.op != "get_attr":
             return Refusal(f"its {name} is computed by {operand.name}, not a tensor of the model")
-    if tensor_spec(call["input"]) != tensor_spec(node):
-        return Refusal(f"it turns {tensor_spec(call['input'])} into {tensor_spec(node)}")
+    if tensor_spec(norm.input) != tensor_spec(node):
+        return Refusal(f"it turns {tensor_spec(norm.input)} into {tensor_spec(node)}")
     values = {name: graph.tensor(str(operand.target)).detach().double() for name, operand in given.items()}
-    scale = (values["running_var"] + call["eps"]).rsqrt()
+    scale = (values["running_var"] + norm.eps).rsqrt()
     if "weight" in values:
         scale = scale * values["weight"]
     shift = -scale * values["running_mean"]
@@ -125,11 +130,14 @@ def _reading(graph: Graph, reader: fx.Node, node: fx.Node, given: Map) -> Layer 
     if isinstance(layer, Refusal):
         return layer
     assert given.shift is not None
-    if reader.args[0] is not node or layer.channel != 1:
+    affine = layer.affine
+    if affine.input is not node or layer.channel != 1:
         return Refusal(f"{reader.name} reads the channels, dimension 1, as something else")
-    if layer.transposed or (layer.groups > 1 and tensor_spec(layer.weight).shape[1] != 1):
+    if affine.transposed or (affine.groups > 1 and affine.shape[1] != 1):
         return Refusal(f"{reader.name} is transposed, or has groups of several channels")
-    if layer.groups > 1 and layer.out != layer.groups:
+    if not layer.takes_bias and bool(given.shift.any()):
+        return Refusal(f"{reader.name} has no bias that could take the shift: one more sum would be left")
+    if affine.groups > 1 and affine.out_channels != affine.groups:
         return Refusal(f"{reader.name} makes several outputs of each channel")
     if not layer.is_unpadded and bool(given.shift.any()):
         largest = float(given.shift.abs().max())

@@ -8,15 +8,24 @@ from typing import Any, ClassVar, Final
 import torch
 from torch import fx, nn
 
+from graphopt.dialects.layers import read_layer
+from graphopt.dialects.onnx.operators import Op
+from graphopt.dialects.products import operator_key
 from graphopt.editing import remove_dead, replace
 from graphopt.graph import Call, Graph, TensorSpec, spec_of
-from graphopt.passes.merge.scaling import Map, Refusal, constant, find_layer
+from graphopt.passes.merge.scaling import Layer, Map, Refusal, constant, find_layer
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
 
 aten = torch.ops.aten
 
-SCALING: Final = frozenset({aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor})
-SHIFTING: Final = frozenset({aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor, aten.sub_.Tensor})
+OPERATORS: Final[dict[Any, str]] = {
+    **{aten_op.Tensor: "mul" for aten_op in (aten.mul, aten.mul_)},
+    **{aten_op.Tensor: "div" for aten_op in (aten.div, aten.div_)},
+    **{aten_op.Tensor: "add" for aten_op in (aten.add, aten.add_)},
+    **{aten_op.Tensor: "sub" for aten_op in (aten.sub, aten.sub_)},
+    **{name: name.lower() for name in ("Mul", "Div", "Add", "Sub")},
+}
+"""What each operator does with its two operands."""
 
 
 @register
@@ -46,13 +55,16 @@ class FoldScale(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         for node in list(graph.nodes):
-            if node.target not in SCALING and node.target not in SHIFTING:
+            kind = OPERATORS.get(operator_key(node)) if node.op == "call_function" else None
+            if kind is None or read_layer(node) is not None:  # the sum of a product and its bias is no site
                 continue
-            found = _read(graph, node)
+            found = _read(graph, node, kind)
             if found is None:
                 continue
             value, channel, given = found
             layer = find_layer(graph, value, channel)
+            if isinstance(layer, Layer) and given.shift is not None and not layer.takes_bias:
+                continue  # it would be a sum after the layer again
             if isinstance(layer, Refusal):
                 if layer.is_site:
                     context.skipped(node.name, layer.reason)
@@ -73,23 +85,24 @@ class FoldScale(Pass):
         return PassResult(graph)
 
 
-def _read(graph: Graph, node: fx.Node) -> tuple[fx.Node, int | None, Map] | None:
+def _read(graph: Graph, node: fx.Node, kind: str) -> tuple[fx.Node, int | None, Map] | None:
     """Return what a call scales or shifts, along which dimension, and the map; None if by something that varies."""
     call = Call(node)
     out = spec_of(node)
     if not isinstance(out, TensorSpec) or not out.dtype.is_floating_point or _has_options(call):
         return None
-    for value, other in ((node.args[0], call["other"]), (call["other"], node.args[0])):
+    first, second = node.args[0], call["B" if isinstance(node.target, Op) else "other"]
+    for value, other in ((first, second), (second, first)):
         if not isinstance(value, fx.Node) or spec_of(value) != out:
             continue
         read = constant(graph, other, out)
         if read is None:
             continue
         numbers, channel, name, dim = read
-        if value is not node.args[0] and (node.target in (aten.div.Tensor, aten.sub.Tensor)):
+        if value is not first and kind in ("div", "sub"):
             return None
         tensors = {} if name is None else {name: dim}
-        return value, channel, _map(node.target, numbers, tensors)
+        return value, channel, _map(kind, numbers, tensors)
     return None
 
 
@@ -97,10 +110,9 @@ def _has_options(call: Call) -> bool:
     return call.has("alpha") and call["alpha"] != 1
 
 
-def _map(target: Any, numbers: torch.Tensor, tensors: dict[str, int | None]) -> Map:
-    name = target._schema.name.split("::")[1].removesuffix("_")
-    if name == "mul":
+def _map(kind: str, numbers: torch.Tensor, tensors: dict[str, int | None]) -> Map:
+    if kind == "mul":
         return Map(scale=numbers, tensors=tensors)
-    if name == "div":
+    if kind == "div":
         return Map(scale=1 / numbers, tensors=tensors)
-    return Map(shift=numbers if name == "add" else -numbers, tensors=tensors)
+    return Map(shift=numbers if kind == "add" else -numbers, tensors=tensors)

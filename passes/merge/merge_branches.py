@@ -11,18 +11,22 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.aliases import root, source, written
+from graphopt.dialects.layers import Norm, norm_of
+from graphopt.dialects.onnx.operators import Op
+from graphopt.dialects.products import operator_key
 from graphopt.editing import add_tensor, insert, read, remove_dead, replace
-from graphopt.graph import Call, Graph, Sources, spec_of, tensor_spec
+from graphopt.graph import Call, Graph, Source, Sources, spec_of, tensor_spec
 from graphopt.passes.affine import (
     Affine,
     Geometry,
     expanded,
+    insert_layer,
     joint_name,
     made_of,
     overwritten,
     read_affine,
+    read_layer,
     saving,
-    sources_of,
     unavailable,
 )
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
@@ -30,7 +34,7 @@ from graphopt.report.wording import listing
 
 aten = torch.ops.aten
 
-SUMS: Final = frozenset({aten.add.Tensor, aten.add_.Tensor})
+SUMS: Final = frozenset({aten.add.Tensor, aten.add_.Tensor, "Add"})
 
 
 @register
@@ -79,18 +83,26 @@ class MergeBranches(Pass):
 
 def _is_sum(node: fx.Node) -> bool:
     """Say whether a node adds two values of its own type, and nothing but its readers would miss it."""
-    if node.target not in SUMS:
+    if node.op != "call_function" or operator_key(node) not in SUMS or read_layer(node) is not None:
         return False
     call = Call(node)
-    operands = (call["self"], call["other"])
-    if call["alpha"] != 1 or any(not isinstance(n, fx.Node) or spec_of(n) != spec_of(node) for n in operands):
+    operands = _operands(node)
+    if (call.has("alpha") and call["alpha"] != 1) or any(
+        not isinstance(n, fx.Node) or spec_of(n) != spec_of(node) for n in operands
+    ):
         return False
     return call.out.dtype.is_floating_point and all(_is_last_use(node, target) for target in written(node))
 
 
+def _operands(node: fx.Node) -> tuple[Any, Any]:
+    call = Call(node)
+    first, second = ("A", "B") if call.has("A") else ("self", "other")
+    return call[first], call[second]
+
+
 def _adds_nothing(node: fx.Node) -> bool:
     """Say whether a node adds 0 to a value that no one else reads, as a sum over a list begins."""
-    if node.target not in SUMS or len(node.users) > 1:
+    if node.target not in SUMS or len(node.users) > 1:  # as ATen has it; an ONNX file's identities are taken out
         return False
     call = Call(node)
     other: Any = call["other"]
@@ -116,6 +128,10 @@ def _is_last_use(node: fx.Node, value: fx.Node) -> bool:
             if user is not node and source(user) is each:
                 waiting.append(user)
     return True
+
+
+def _is_same_kind(affine: Affine, operator: Affine) -> bool:
+    return affine.product.target is operator.product.target or (affine.is_linear and operator.is_linear)
 
 
 def _is_inner(node: fx.Node) -> bool:
@@ -146,7 +162,7 @@ class _Branch:
     def places(self) -> tuple[Any, ...]:
         """Stride and centre, which branches must share to be one convolution."""
         g = self.geometry
-        centre = (2 * p - d * (k - 1) for p, d, k in zip(g.padding, g.dilation, g.shape[2:], strict=True))
+        centre = (a + b - d * (k - 1) for (a, b), d, k in zip(g.padding, g.dilation, g.shape[2:], strict=True))
         return g.stride, tuple(centre)
 
 
@@ -164,8 +180,7 @@ class _Site:
 
     def _collect(self, node: fx.Node) -> None:
         self.sums.append(node)
-        for name in ("self", "other"):
-            operand = Call(node)[name]
+        for operand in _operands(node):
             while _adds_nothing(operand):
                 self.sums.append(operand)
                 operand = Call(operand)["self"]
@@ -190,7 +205,8 @@ class _Site:
         rest = [term for term in self.terms if term not in gone]
         total = (made + rest)[0]
         for term in (made + rest)[1:]:
-            total = insert(self.graph, self.node, aten.add.Tensor, (total, term), like=self.node)
+            add = self.node.target if isinstance(self.node.target, Op) else aten.add.Tensor
+            total = insert(self.graph, self.node, add, (total, term), like=self.node)
         replace(self.node, total)
         for each in sorted(self.sums, reverse=True):  # a write into memory that lives on would be kept as needed
             self.graph.module.graph.erase_node(each)
@@ -254,39 +270,37 @@ class _Site:
             return _Branch(term, _point(channels, rank), lambda: (_diagonal(torch.ones(channels), rank), None))
         affine = read_affine(term)
         if affine is not None:
-            return self._map(affine) if affine.input is x and affine.node.target is operator.node.target else None
-        if term.target is not aten.batch_norm.default:
+            return self._map(affine) if affine.input is x and _is_same_kind(affine, operator) else None
+        norm = norm_of(term)
+        if norm is None:
             return None
-        normed = Call(term)["input"]
+        normed = norm.input
         before = read_affine(normed)
         if before is not None and before.input is x:
             return f"it is a batch norm of {normed.name}, which belongs into that first (fold-batch-norm)"
-        return self._norm(term, channels, rank) if normed is x else None
+        return self._norm(norm, channels, rank) if normed is x else None
 
     def _map(self, affine: Affine) -> _Branch | str:
         reason = self._private(affine.node, (affine.weight, affine.bias))
         if reason is not None:
             return reason
-        weight = str(affine.weight.target)
-        bias = None if affine.bias is None else str(affine.bias.target)
 
         def values() -> tuple[Tensor, Tensor | None]:
-            return self._tensor(weight), None if bias is None else self._tensor(bias)
+            return affine.kernel_values(self.graph), affine.bias_values(self.graph)
 
-        biases = () if bias is None else (bias,)
-        return _Branch(affine.node, affine.geometry, values, (weight,), biases, affine.params)
+        biases = () if affine.bias is None else (str(affine.bias.target),)
+        return _Branch(affine.node, affine.geometry, values, (str(affine.weight.target),), biases, affine.params)
 
-    def _norm(self, term: fx.Node, channels: int, rank: int) -> _Branch | str:
+    def _norm(self, norm: Norm, channels: int, rank: int) -> _Branch | str:
         """Read a batch norm of the input."""
-        call = Call(term)
-        if len(call.out.shape) != rank + 2:
-            return f"it normalises dimension 1 of {len(call.out.shape)}, which is not that of the channels"
-        names = ("running_mean", "running_var", "weight", "bias")
-        given: dict[str, fx.Node] = {name: call[name] for name in names if call[name] is not None}
+        term, given = norm.node, norm.statistics
+        size = len(tensor_spec(norm.input).shape)
+        if size != rank + 2:
+            return f"it normalises dimension 1 of {size}, which is not that of the channels"
         reason = self._private(term, given.values())
         if reason is not None:
             return reason
-        if call["training"] or "running_var" not in given:
+        if norm.training or "running_var" not in given:
             return "it normalises with the statistics of the batch"
         if not self.fold_batch_norms:
             return "it is a batch norm, which behaves otherwise in training (fold_batch_norms=false)"
@@ -294,7 +308,7 @@ class _Site:
 
         def values() -> tuple[Tensor, Tensor | None]:
             mean, var = self._tensor(held["running_mean"]), self._tensor(held["running_var"])
-            scale = torch.rsqrt(var + call["eps"])
+            scale = torch.rsqrt(var + norm.eps)
             if "weight" in held:
                 scale = scale * self._tensor(held["weight"])
             bias = self._tensor(held["bias"]) if "bias" in held else torch.zeros_like(mean)
@@ -319,6 +333,7 @@ class _Site:
     def _merged(self, x: fx.Node, operator: Affine, branches: Sequence[_Branch]) -> fx.Node:
         """Insert the one operator that computes all these branches, and return it."""
         geometry = _united([branch.geometry for branch in branches])
+        spec = tensor_spec(self.node)
         kernel: Tensor | None = None
         offset: Tensor | None = None
         for branch in branches:
@@ -331,20 +346,31 @@ class _Site:
         weights = [name for branch in branches for name in branch.weights]
         biases = [name for branch in branches for name in branch.biases]
         stem = _stem(weights, len(weights) < len(branches))
-        dense = [
-            str(affine.weight.target)
-            for affine in map(read_affine, (b.term for b in branches))
-            if affine is not None and affine.groups == 1
-        ]
-        sources = sources_of(self.graph, weights, [0])
+        maps = [affine for affine in map(read_affine, (b.term for b in branches)) if affine is not None]
+        sources: Sources = {operator.rows: self._rows(branches, maps)}
         if geometry.groups == 1:
-            sources |= sources_of(self.graph, dense, [1])
-        added = [self._add(f"{stem}.weight", weights, kernel, sources)]
+            dense = [affine for affine in maps if affine.groups == 1]
+            sources[operator.columns] = tuple(
+                each for affine in dense for each in self.graph.stands_for(str(affine.weight.target), affine.columns)
+            )
+        held = kernel.t() if operator.turned else kernel
+        weight_name = self._add(f"{stem}.weight", weights, held, sources)
+        bias_name = None
         if offset is not None:
-            added.append(self._add(f"{stem}.bias", biases, offset, sources_of(self.graph, biases, [0])))
-        operands = [read(self.graph, name, self.node) for name in added]
-        arguments = (x, *operands, *([None] if offset is None and geometry.arguments() else []), *geometry.arguments())
-        return insert(self.graph, self.node, operator.node.target, arguments, like=self.node)
+            bias_name = self._add(f"{stem}.bias", biases, offset, self._bias_sources(biases))
+        weight_node = read(self.graph, weight_name, self.node)
+        bias_node = None if bias_name is None else read(self.graph, bias_name, self.node)
+        return insert_layer(self.graph, operator, self.node, geometry, (x, weight_node, bias_node), spec=spec)
+
+    def _rows(self, branches: Sequence[_Branch], maps: Sequence[Affine]) -> tuple[Source, ...]:
+        """Return what the outputs stand for: those of the maps' weights, and the entries of the batch norms'."""
+        dims = {str(affine.weight.target): affine.rows for affine in maps}
+        names = [name for branch in branches for name in branch.weights]
+        return tuple(each for name in names for each in self.graph.stands_for(name, dims.get(name, 0)))
+
+    def _bias_sources(self, names: Sequence[str]) -> Sources:
+        ranks = {name: self.graph.tensor(name).dim() for name in names}
+        return {0: tuple(s for name in names if ranks[name] for s in self.graph.stands_for(name, ranks[name] - 1))}
 
     def _add(self, stem: str, names: Sequence[str], value: Tensor, sources: Sources) -> str:
         parts = [self.graph.tensor(name) for name in names]
@@ -356,8 +382,8 @@ class _Site:
 
 def _point(channels: int, rank: int) -> Geometry:
     """Return the geometry of a map that takes every channel at its own place to itself."""
-    ones, zeros = (1,) * rank, (0,) * rank
-    return Geometry((channels, 1, *ones), ones, zeros, ones, channels)
+    ones = (1,) * rank
+    return Geometry((channels, 1, *ones), ones, ((0, 0),) * rank, ones, channels)
 
 
 def _diagonal(scale: Tensor, rank: int) -> Tensor:
@@ -373,7 +399,8 @@ def _united(parts: Sequence[Geometry]) -> Geometry:
         first, last = min(taps), max(taps)
         step = gcd(*(tap - first for tap in taps)) or 1
         extents.append((last - first) // step + 1)
-        paddings.append(-first)
+        (before, after), reach = parts[0].padding[dim], parts[0].dilation[dim] * (parts[0].shape[2 + dim] - 1)
+        paddings.append((-first, before + after - reach + last))
         dilations.append(step)
     widest = max(parts, key=lambda part: part.shape[1] * part.groups)
     shape = (parts[0].shape[0], widest.shape[1] * widest.groups // groups, *extents)
@@ -382,14 +409,14 @@ def _united(parts: Sequence[Geometry]) -> Geometry:
 
 def _taps(part: Geometry, dim: int) -> list[int]:
     """Return the offsets at which a kernel reads its input, from where an output stands."""
-    return [part.dilation[dim] * i - part.padding[dim] for i in range(part.shape[2 + dim])]
+    return [part.dilation[dim] * i - part.padding[dim][0] for i in range(part.shape[2 + dim])]
 
 
 def _placed(weight: Tensor, part: Geometry, whole: Geometry) -> Tensor:
     """Write a kernel with the groups and the taps of a larger one, filling in zeros."""
     weight = expanded(weight, part.groups, whole.groups)
     for dim in range(len(whole.stride)):
-        positions = [(tap + whole.padding[dim]) // whole.dilation[dim] for tap in _taps(part, dim)]
+        positions = [(tap + whole.padding[dim][0]) // whole.dilation[dim] for tap in _taps(part, dim)]
         shape = list(weight.shape)
         shape[2 + dim] = whole.shape[2 + dim]
         weight = weight.new_zeros(shape).index_copy(2 + dim, torch.tensor(positions, device=weight.device), weight)

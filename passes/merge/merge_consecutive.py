@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.editing import add_tensor, insert, read, remove_dead, replace
+from graphopt.dialects.onnx.operators import Op
+from graphopt.editing import add_tensor, read, remove_dead, replace
 from graphopt.graph import Graph
 from graphopt.passes.affine import (
     Affine,
     Geometry,
     expanded,
+    insert_layer,
     joint_name,
     made_of,
     overwritten,
@@ -57,7 +60,7 @@ class MergeConsecutive(Pass):
             node = waiting.pop(0)
             second = read_affine(node)
             first = None if second is None else read_affine(second.input)
-            if first is None or second is None or first.node.target is not second.node.target:
+            if first is None or second is None or not _alike(first, second):
                 continue
             site = f"{first.node.name}, {second.node.name}"
             reason = _obstacle(graph, first, second)
@@ -81,6 +84,13 @@ class MergeConsecutive(Pass):
         return PassResult(graph)
 
 
+def _alike(first: Affine, second: Affine) -> bool:
+    """Say whether two maps are of one kind; a Gemm, which wants matrices, takes the place of none on other tensors."""
+    if not second.is_linear:
+        return first.product.target is second.product.target
+    return first.is_linear and isinstance(first.product.target, Op) is isinstance(second.product.target, Op)
+
+
 def _obstacle(graph: Graph, first: Affine, second: Affine) -> str | None:
     """Say why two maps that follow each other stay two."""
     others = [user.name for user in first.node.users if user is not second.node]
@@ -95,15 +105,21 @@ def _obstacle(graph: Graph, first: Affine, second: Affine) -> str | None:
     for dim, (one, two) in enumerate(zip(first.kernel, second.kernel, strict=True)):
         if one > 1 and two > 1:
             return f"both kernels have an extent in spatial dimension {dim} ({one}, {two})"
-    if any(second.padding) and first.bias is not None and bool(graph.tensor(str(first.bias.target)).any()):
+    padding = second.geometry.padding
+    if any(map(any, padding)) and first.bias is not None and bool(graph.tensor(str(first.bias.target)).any()):
         return (
-            f"{second.node.name} pads with zeros {list(second.padding)}, where one convolution would have the bias of "
+            f"{second.node.name} pads with zeros {_shown(padding)}, where one convolution would have the bias of "
             f"{first.node.name}"
         )
-    for dim, padding in enumerate(second.padding):
-        if padding and second.kernel[dim] == 1:
-            return f"{second.node.name} pads spatial dimension {dim} by {padding} without an extent there"
+    for dim, pair in enumerate(padding):
+        if any(pair) and second.kernel[dim] == 1:
+            return f"{second.node.name} pads spatial dimension {dim} by {_shown([pair])[0]} without an extent there"
     return None
+
+
+def _shown(padding: Sequence[tuple[int, int]]) -> list[Any]:
+    """Return paddings as they are given: one number for both sides where that is so."""
+    return [first if first == last else (first, last) for first, last in padding]
 
 
 def _composed(first: Affine, second: Affine) -> Geometry:
@@ -117,12 +133,18 @@ def _composed(first: Affine, second: Affine) -> Geometry:
             *(one * two for one, two in zip(first.kernel, second.kernel, strict=True)),
         ),
         stride=tuple(first.stride[d] * second.stride[d] for d in dims),
-        padding=tuple(first.padding[d] + first.stride[d] * second.padding[d] for d in dims),
+        padding=tuple(_padding(first, second, d) for d in dims),
         dilation=tuple(
             first.dilation[d] if first.kernel[d] > 1 else first.stride[d] * second.dilation[d] for d in dims
         ),
         groups=groups,
     )
+
+
+def _padding(first: Affine, second: Affine, dim: int) -> tuple[int, int]:
+    (before, after), step = first.geometry.padding[dim], first.stride[dim]
+    more_before, more_after = second.geometry.padding[dim]
+    return before + step * more_before, after + step * more_after
 
 
 def product(one: Tensor, two: Tensor, groups: tuple[int, int]) -> Tensor:
@@ -149,19 +171,19 @@ def _merge(graph: Graph, first: Affine, second: Affine, geometry: Geometry) -> f
     """Put one map in the place of two; return its node."""
     names = [str(first.weight.target), str(second.weight.target)]
     weights = [graph.tensor(name) for name in names]
-    one, two = (weight.detach().double() for weight in weights)
-    value = made_of(weights, product(one, two, (first.groups, second.groups)))
-    sources = {0: graph.stands_for(names[1], 0)}
+    one, two = first.kernel_values(graph), second.kernel_values(graph)
+    found = product(one, two, (first.groups, second.groups))
+    value = made_of(weights, found.t() if second.turned else found)
+    sources = {second.rows: graph.stands_for(names[1], second.rows)}
     if first.groups == 1:  # else the columns are those of one group, of which there may be fewer now
-        sources[1] = graph.stands_for(names[0], 1)
+        sources[second.columns] = graph.stands_for(names[0], first.columns)
     weight = add_tensor(graph, joint_name(names), value, sources=sources)
-    operands: list[fx.Node | None] = [read(graph, weight, second.node)]
     bias = _bias(graph, first, second, two)
-    operands.append(None if bias is None else read(graph, bias, second.node))
-    arguments = (first.input, *operands, *geometry.arguments())
-    new = insert(graph, second.node, second.node.target, arguments, like=second.node)
+    before = second.node
+    operands = (first.input, read(graph, weight, before), None if bias is None else read(graph, bias, before))
+    new = insert_layer(graph, second, before, geometry, operands)
     replace(second.node, new)
-    for old in (second.node, first.node):
+    for old in dict.fromkeys((second.node, second.product, first.node, first.product)):
         graph.module.graph.erase_node(old)
     return new
 
@@ -172,13 +194,15 @@ def _bias(graph: Graph, first: Affine, second: Affine, two: Tensor) -> str | Non
     if not given:
         return None
     value = two.new_zeros(second.shape[0])
-    if first.bias is not None:
-        one = graph.tensor(str(first.bias.target)).detach().double()
+    one = first.bias_values(graph)
+    if one is not None:
         summed = expanded(two.flatten(2).sum(2) if two.dim() > 2 else two, second.groups, 1)
         value = value + summed @ one
+    own = second.bias_values(graph)
+    if own is not None:
+        value = value + own
+    sources = {0: graph.stands_for(str(second.weight.target), second.rows)}
     if second.bias is not None:
-        value = value + graph.tensor(str(second.bias.target)).detach().double()
-    last = str(second.bias.target) if second.bias is not None else None
-    sources = {0: graph.stands_for(last or str(second.weight.target), 0)}
+        sources = {0: graph.stands_for(str(second.bias.target), second.bias_dim)}
     stem = sibling(joint_name([str(first.weight.target), str(second.weight.target)]), "bias")
     return add_tensor(graph, stem, made_of([graph.tensor(name) for name in given], value), sources=sources)

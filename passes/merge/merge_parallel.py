@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import prod
 from typing import Any, ClassVar, Final
 
 import torch
 from torch import fx
 
 from graphopt.aliases import source
+from graphopt.dialects.layers import read_product
+from graphopt.dialects.onnx.operators import Op, op
+from graphopt.dialects.products import operator_key
 from graphopt.editing import add_tensor, find_tensor, insert, read, remove_dead, replace
 from graphopt.graph import Call, Graph, Source, Sources, tensor_spec
 from graphopt.passes.affine import (
     Affine,
+    insert_layer,
     joint_name,
     made_of,
     merged_sources,
@@ -36,6 +42,12 @@ PRODUCTS: Final = frozenset(
         aten.addmm.default,
         aten.einsum.default,
         aten.scaled_dot_product_attention.default,
+        "Attention",
+        "Einsum",
+        "MatMul",
+        "com.microsoft.Attention",
+        "com.microsoft.GroupQueryAttention",
+        "com.microsoft.MultiHeadAttention",
     }
 )
 """Operators besides linear layers and convolutions that take most of a model's time."""
@@ -105,7 +117,8 @@ def _readers(graph: Graph) -> list[list[Affine]]:
     for each in map(read_affine, graph.nodes):
         if each is not None:
             trained = each.weight.op != "get_attr" or graph.tensor(str(each.weight.target)).requires_grad
-            key = (each.input, each.node.target, each.shape[1:], each.stride, each.padding, each.dilation, trained)
+            form = (each.product.target, each.turned, each.scale, each.bias_scale)
+            key = (each.input, *form, each.shape[1:], each.stride, each.padding, each.dilation, trained)
             found.setdefault((*key, tensor_spec(each.weight).dtype), []).append(each)
     return [readers for readers in found.values() if len(readers) > 1]
 
@@ -115,9 +128,12 @@ def _places(graph: Graph, groups: Sequence[Sequence[Affine]]) -> dict[fx.Node, i
 
     So a second run, which meets merged maps in their place, finds nothing nearer than the first.
     """
-    candidates = {each.node for readers in groups for each in readers}
+    candidates = {node for readers in groups for each in readers for node in (each.node, each.product)}
     counts = (
-        node not in candidates and (node.target in PRODUCTS or read_affine(node) is not None) for node in graph.nodes
+        node.op == "call_function"
+        and node not in candidates
+        and (operator_key(node) in PRODUCTS or read_product(node) is not None)
+        for node in graph.nodes
     )
     return dict(zip(graph.nodes, accumulate(counts), strict=True))
 
@@ -140,18 +156,23 @@ def _merge(graph: Graph, members: Sequence[Affine]) -> None:
     first = members[0]
     ordered, name = _packed_name(graph, members)
     weight = _joined(graph, name, [each.weight for each in ordered], ordered)
-    operands: list[fx.Node | None] = [read(graph, weight, first.node), None]
+    weight_node, bias_node = read(graph, weight, first.product), None
     if any(each.bias is not None for each in ordered):
         biases = [each.bias for each in ordered]
-        stem = _origin(graph, [str(bias.target) for bias in biases if bias is not None]) or sibling(weight, "bias")
+        rows = [_bias_rows(graph, each) for each in ordered if each.bias is not None]
+        stem = _origin(graph, rows) or sibling(weight, "bias")
         bias = _joined(graph, stem, biases, ordered)
-        operands[1] = read(graph, bias, first.node)
+        bias_node = read(graph, bias, first.product)
     dim = len(first.out.shape) + first.channel
     spec = first.out.resized(
         tuple(sum(e.shape[0] for e in ordered) if d == dim else n for d, n in enumerate(first.out.shape))
     )
-    arguments = (first.input, *operands, *first.geometry.arguments())
-    packed = insert(graph, first.node, first.node.target, arguments, like=first.node, spec=spec)
+    packed = insert_layer(graph, first, first.product, first.geometry, (first.input, weight_node, bias_node), spec=spec)
+    if isinstance(first.product.target, Op):
+        if first.slot is not None:
+            packed.kwargs = dict(first.product.kwargs)  # factors of product and bias among them
+        _cut(graph, ordered, packed, dim)
+        return
     start = 0
     for each in ordered:
         stop = start + each.shape[0]
@@ -161,14 +182,25 @@ def _merge(graph: Graph, members: Sequence[Affine]) -> None:
         start = stop
 
 
+def _cut(graph: Graph, members: Sequence[Affine], packed: fx.Node, dim: int) -> None:
+    """Let one Split cut the packed result."""
+    first = min(members, key=lambda each: each.node).node
+    specs = tuple(each.out for each in members)
+    sizes = [each.shape[0] for each in members]
+    cut = insert(graph, packed.next, op("Split"), (packed, sizes), {"axis": dim}, like=first, spec=specs)
+    for index, each in enumerate(members):
+        part = insert(graph, each.node, operator.getitem, (cut, index), like=each.node)
+        replace(each.node, part)
+
+
 def _packed_name(graph: Graph, members: Sequence[Affine]) -> tuple[list[Affine], str]:
     """Return the maps in the order in which they are packed, and the name of the packed weight.
 
     Parts of one tensor of the input model that follow each other there are that tensor again.
     """
     names = [str(each.weight.target) for each in members]
-    rows = [graph.stands_for(name, 0) for name in names]
-    if _origin(graph, names) is None:
+    rows = [graph.stands_for(name, each.rows) for name, each in zip(names, members, strict=True)]
+    if _origin(graph, rows) is None:
         return list(members), joint_name(names)
     ordered = sorted(zip(members, rows, strict=True), key=lambda pair: int(pair[1][0].positions[0]))
     ends = [int(place) for _, (each,) in ordered for place in (each.positions[0], each.positions[-1])]
@@ -177,9 +209,8 @@ def _packed_name(graph: Graph, members: Sequence[Affine]) -> tuple[list[Affine],
     return [each for each, _ in ordered], rows[0][0].tensor
 
 
-def _origin(graph: Graph, names: Sequence[str]) -> str | None:
-    """Return the tensor of the input model whose rows these tensors are, if it is one and no longer there."""
-    rows = [graph.stands_for(name, 0) for name in names]
+def _origin(graph: Graph, rows: Sequence[tuple[Source, ...]]) -> str | None:
+    """Return the tensor of the input model whose rows these are, if it is one and no longer there."""
     tensors = {source.tensor for sources in rows for source in sources}
     if any(len(sources) != 1 for sources in rows) or len(tensors) != 1:
         return None
@@ -187,23 +218,37 @@ def _origin(graph: Graph, names: Sequence[str]) -> str | None:
     return name if find_tensor(graph, name) is None else None
 
 
+def _bias_rows(graph: Graph, each: Affine) -> tuple[Source, ...]:
+    """Return what the entries of a bias stand for; one number for all stands for nothing."""
+    if each.bias is None or prod(tensor_spec(each.bias).shape) != each.shape[0]:
+        return ()
+    return graph.stands_for(str(each.bias.target), each.bias_dim)
+
+
 def _joined(graph: Graph, stem: str, nodes: Sequence[fx.Node | None], members: Sequence[Affine]) -> str:
-    """Make a tensor of several, one below the other, with zeros for those that are missing."""
+    """Make a tensor of several, one after the other along the outputs, with zeros for those that are missing."""
     names = [None if node is None else str(node.target) for node in nodes]
     given = [graph.tensor(name) for name in names if name is not None]
-    rows = [
-        given[0].new_zeros(each.shape[0]) if name is None else graph.tensor(name).detach()
-        for each, name in zip(members, names, strict=True)
-    ]
-    parts: list[tuple[int, tuple[Source, ...]]] = [
-        (each.shape[0], () if name is None else graph.stands_for(name, 0))
-        for each, name in zip(members, names, strict=True)
-    ]
-    sources: Sources = {0: merged_sources(parts)}
-    if given[0].dim() > 1:
-        found = {(s.tensor, s.dim): s for name in names if name is not None for s in graph.stands_for(name, 1)}
-        sources[1] = tuple(found.values())
-    return add_tensor(graph, stem, made_of(given, torch.cat(rows)), sources=sources)
+    is_weight = nodes[0] is members[0].weight
+    if is_weight:
+        dim = members[0].rows
+        rows = [graph.tensor(str(each.weight.target)).detach() for each in members]
+        parts = [(each.shape[0], graph.stands_for(str(each.weight.target), dim)) for each in members]
+    else:
+        dim = 0
+        rows = [
+            given[0].new_zeros(each.shape[0])
+            if name is None
+            else graph.tensor(name).detach().reshape(-1).expand(each.shape[0])
+            for each, name in zip(members, names, strict=True)
+        ]
+        parts = [(each.shape[0], _bias_rows(graph, each)) for each in members]
+    sources: Sources = {dim: merged_sources(parts)}
+    if is_weight and given[0].dim() > 1:
+        columns = members[0].columns
+        found = {(s.tensor, s.dim): s for name in names if name is not None for s in graph.stands_for(name, columns)}
+        sources[columns] = tuple(found.values())
+    return add_tensor(graph, stem, made_of(given, torch.cat(rows, dim)), sources=sources)
 
 
 def _loosen(part: fx.Node) -> None:

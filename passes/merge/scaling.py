@@ -14,29 +14,18 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx
 
-from graphopt.editing import add_tensor, read, replace_tensor
-from graphopt.graph import Call, Graph, Source, TensorSpec, spec_of, tensor_spec
+from graphopt.dialects.layers import Affine, layer_with, read_layer
+from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.operators import op
+from graphopt.editing import add_tensor, insert, read, readers, replace, replace_tensor
+from graphopt.graph import Call, Graph, Source, Sources, TensorSpec, spec_of, tensor_spec
 from graphopt.passes.affine import made_of, unavailable
-from graphopt.passes.canonicalize.identities import RESHAPING, permutation
+from graphopt.passes.shapes import is_expansion, is_reshape, permutation
 from graphopt.report.wording import listing, plural
 
 __all__ = ["Layer", "Map", "Refusal", "constant", "find_layer", "layer_of", "value_readers"]
 
 aten = torch.ops.aten
-
-LAYERS: Final[dict[Any, bool]] = {
-    aten.linear.default: False,
-    aten.conv1d.default: False,
-    aten.conv1d.padding: False,
-    aten.conv2d.default: False,
-    aten.conv2d.padding: False,
-    aten.conv3d.default: False,
-    aten.conv3d.padding: False,
-    aten.conv_transpose1d.default: True,
-    aten.conv_transpose2d.input: True,
-    aten.conv_transpose3d.input: True,
-}
-"""Layers with a weight and perhaps a bias, and whether the weight has its inputs before its outputs."""
 
 _SHAPE_ONLY: Final = frozenset(
     {
@@ -80,77 +69,76 @@ class Map:
 class Layer:
     """A linear layer or a convolution whose parameters are its own."""
 
-    node: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    transposed: bool
-    groups: int
+    affine: Affine
 
     @property
-    def out(self) -> int:
-        """The number of output channels."""
-        rows = tensor_spec(self.weight).shape[1 if self.transposed else 0]
-        return rows * self.groups if self.transposed else rows
+    def node(self) -> fx.Node:
+        """The node that yields its result."""
+        return self.affine.node
+
+    @property
+    def weight(self) -> fx.Node:
+        """The node of its weight."""
+        return self.affine.weight
+
+    @property
+    def takes_bias(self) -> bool:
+        """Say whether it has a bias, or an argument for one."""
+        return self.affine.bias is not None or self.affine.slot is not None
 
     @property
     def channel(self) -> int:
         """The dimension of input and result that holds the channels."""
-        rank = len(tensor_spec(self.node).shape)
-        return rank - 1 - (len(tensor_spec(self.weight).shape) - 2)
+        return len(self.affine.out.shape) + self.affine.channel
 
     @property
     def is_unpadded(self) -> bool:
         """Say whether every output sees whole kernels of inputs, and none of zeros around them."""
-        if self.node.target is aten.linear.default:
-            return True
-        padding = Call(self.node)["padding"]
-        if isinstance(padding, str):
-            return padding == "valid" or prod(tensor_spec(self.weight).shape[2:]) == 1
-        return not self.transposed and all(entry == 0 for entry in padding)
+        return not is_padded(self.affine)
 
     def map_outputs(self, graph: Graph, given: Map) -> None:
         """Let the layer yield ``scale * y + shift``: weight ``w * scale`` by output, bias ``b * scale + shift``."""
-        weight, sources = graph.tensor(str(self.weight.target)), given.sources(graph)
-        shift = given.shift
+        layer, sources = self.affine, given.sources(graph)
+        weight = graph.tensor(str(layer.weight.target))
+        shift = None if given.shift is None else given.shift / layer.bias_scale
         if given.scale is not None:
             value = weight.detach().double() * self._by_output(given.scale)
             # With groups, a transposed convolution's outputs are no dimension of its weight.
-            dim = (1 if self.groups == 1 else None) if self.transposed else 0
-            self._set(graph, self.weight, made_of([weight], value), dim, sources)
-        if self.bias is not None:
-            bias = graph.tensor(str(self.bias.target))
-            value = bias.detach().double()
-            value = value if given.scale is None else value * given.scale
-            self._set(graph, self.bias, made_of([bias], value if shift is None else value + shift), 0, sources)
+            dim = None if layer.transposed and layer.groups > 1 else layer.rows
+            self._set(graph, layer.weight, made_of([weight], value), dim, sources)
+        if layer.bias is not None:
+            bias = graph.tensor(str(layer.bias.target)).detach().double()
+            bias = bias if given.scale is None else bias * given.scale
+            self._set_bias(graph, bias if shift is None else bias + shift, sources)
         elif shift is not None and bool(shift.any()):
-            self._add_bias(graph, shift.expand(self.out), sources)
+            self._add_bias(graph, shift.expand(layer.out_channels), sources)
 
     def map_inputs(self, graph: Graph, given: Map) -> None:
         """Let the layer read x where it read ``scale * x + shift``: weight ``w * scale``, bias ``b + w shift``."""
-        weight, sources = graph.tensor(str(self.weight.target)), given.sources(graph)
+        layer, sources = self.affine, given.sources(graph)
+        weight = graph.tensor(str(layer.weight.target))
         old = weight.detach().double()
-        depthwise = self.groups > 1
-        shape = (-1, 1) if depthwise else (1, -1)
-        spread = shape + (1,) * (old.dim() - 2)
+        depthwise = layer.groups > 1
+        dim = layer.rows if depthwise else layer.columns
+        spread = [-1 if d == dim else 1 for d in range(old.dim())]
         if given.shift is not None and bool(given.shift.any()):
-            added = (old * given.shift.view(spread)).sum(tuple(range(1, old.dim())))
-            if self.bias is None:
-                self._add_bias(graph, added, graph.stands_for(str(self.weight.target), 0))
+            added = (old * given.shift.view(spread)).sum([d for d in range(old.dim()) if d != layer.rows])
+            added = added * layer.scale / layer.bias_scale
+            if layer.bias is None:
+                self._add_bias(graph, added, graph.stands_for(str(layer.weight.target), layer.rows))
             else:
-                bias = graph.tensor(str(self.bias.target))
-                self._set(graph, self.bias, made_of([bias], bias.detach().double() + added), 0, ())
+                self._set_bias(graph, graph.tensor(str(layer.bias.target)).detach().double() + added, ())
         if given.scale is not None:
-            dim = 0 if depthwise else 1
-            self._set(graph, self.weight, made_of([weight], old * given.scale.view(spread)), dim, sources)
+            self._set(graph, layer.weight, made_of([weight], old * given.scale.view(spread)), dim, sources)
 
     def _by_output(self, scale: Tensor) -> Tensor:
         """Spread one number an output channel (or one for all) over the weight."""
         if scale.numel() == 1:
             return scale.reshape(())
         shape = tensor_spec(self.weight).shape
-        if not self.transposed:
-            return scale.view(-1, *(1,) * (len(shape) - 1))
-        rows = scale.view(self.groups, 1, shape[1]).expand(-1, shape[0] // self.groups, -1)
+        if not self.affine.transposed:
+            return scale.view([-1 if d == self.affine.rows else 1 for d in range(len(shape))])
+        rows = scale.view(self.affine.groups, 1, shape[1]).expand(-1, shape[0] // self.affine.groups, -1)
         return rows.reshape(*shape[:2], *(1,) * (len(shape) - 2))
 
     def _set(self, graph: Graph, node: fx.Node, tensor: Tensor, dim: int | None, more: Sequence[Source]) -> None:
@@ -160,25 +148,64 @@ class Layer:
             known[dim] = (*known[dim], *more)
         replace_tensor(graph, name, tensor, sources=known)
 
+    def _set_bias(self, graph: Graph, value: Tensor, more: Sequence[Source]) -> None:
+        """Put another bias in place; where others read the old one, too, as a tensor of its own."""
+        replace_bias(graph, self.affine, value, more)
+
     def _add_bias(self, graph: Graph, value: Tensor, sources: Sequence[Source]) -> None:
-        weight = graph.tensor(str(self.weight.target))
-        path = str(self.weight.target).rpartition(".")[0]
-        stem = f"{path}.bias" if path else "bias"
-        name = add_tensor(graph, stem, made_of([weight], value), sources={0: tuple(sources)})
-        Call(self.node)["bias"] = read(graph, name, self.node)
+        add_bias(graph, self.affine, value, sources)
+
+
+def is_padded(layer: Affine) -> bool:
+    """Say whether some output of a layer may see zeros around its input, or fewer inputs than others."""
+    if layer.is_linear:
+        return False
+    if layer.padding is None:
+        return True
+    return any(entry != 0 for pair in layer.padding for entry in pair)
+
+
+def replace_bias(graph: Graph, layer: Affine, value: Tensor, more: Sequence[Source] = ()) -> None:
+    """Put ``value`` in place of a layer's bias, as it is held; where others read that, too, as a tensor of its own."""
+    assert layer.bias is not None
+    name = str(layer.bias.target)
+    old, weight = graph.tensor(name), graph.tensor(str(layer.weight.target))
+    tensor = made_of([old] if old.numel() == value.numel() else [old, weight], value)
+    last = tensor.dim() - 1
+    sources: Sources = {dim: graph.stands_for(name, dim) for dim in range(min(old.dim(), tensor.dim()))}
+    if last >= 0:
+        sources[last] = (*(sources.get(last, ()) if old.numel() == value.numel() else ()), *more)
+    if len(graph.names(name)) == 1 and len(readers(graph, name)) == 1:
+        replace_tensor(graph, name, tensor, sources=sources)
+        return
+    reader = layer.node if layer.slot is None else layer.product
+    reader.replace_input_with(layer.bias, read(graph, add_tensor(graph, name, tensor, sources=sources), reader))
+
+
+def add_bias(graph: Graph, layer: Affine, value: Tensor, sources: Sequence[Source]) -> None:
+    """Give a layer that has none a bias, as it is held: as its argument, or as a sum after it."""
+    weight = graph.tensor(str(layer.weight.target))
+    path = str(layer.weight.target).rpartition(".")[0]
+    stem = f"{path}.bias" if path else f"{layer.weight.target}_bias" if is_onnx(graph) else "bias"
+    name = add_tensor(graph, stem, made_of([weight], value), sources={0: tuple(sources)})
+    if layer.slot is not None:
+        Call(layer.product)[layer.slot] = read(graph, name, layer.product)
+        return
+    after = layer.product.next
+    total = insert(graph, after, op("Add"), (layer.product, read(graph, name, after)), like=layer.product)
+    replace(layer.product, total)
 
 
 def layer_of(graph: Graph, node: fx.Node) -> Layer | Refusal:
-    """Return the layer that ``node`` calls, if its parameters are its own to change."""
-    if node.target not in LAYERS:
+    """Return the layer that ``node`` calls the product of, if its parameters are its own to change."""
+    return _own(graph, node, layer_with(node))
+
+
+def _own(graph: Graph, node: fx.Node, layer: Affine | None) -> Layer | Refusal:
+    if layer is None:
         return Refusal(f"{node.name} ({node.target}) is no linear layer or convolution", is_site=False)
-    call = Call(node)
-    weight, bias = call["weight"], call["bias"]
-    reason = unavailable(graph, (weight, bias))
-    if reason is not None:
-        return Refusal(reason)
-    groups = call["groups"] if call.has("groups") else 1
-    return Layer(node, weight, bias, LAYERS[node.target], groups)
+    reason = unavailable(graph, (layer.weight, layer.bias))
+    return Layer(layer) if reason is None else Refusal(reason)
 
 
 def value_readers(node: fx.Node) -> list[fx.Node]:
@@ -204,8 +231,8 @@ def find_layer(graph: Graph, value: fx.Node, channel: int | None) -> Layer | Ref
         if count > 1:
             names = listing([reader.name for reader in readers])
             found.append(Refusal(f"{value.name} has {plural(count, 'reader')} ({names})"))
-        if value.target in LAYERS:
-            layer = layer_of(graph, value)
+        if (affine := read_layer(value)) is not None:
+            layer = _own(graph, value, affine)
             if found or isinstance(layer, Refusal):
                 return found[0] if found else layer
             if channel in (None, layer.channel):
@@ -224,7 +251,7 @@ def _channel_before(node: fx.Node, channel: int | None) -> tuple[fx.Node, int | 
     order = permutation(node)
     if order is not None:
         return node.args[0], None if channel is None else order[channel]  # type: ignore[return-value]
-    if node.target not in RESHAPING or not isinstance(x := node.args[0], fx.Node):
+    if not is_reshape(node) or not isinstance(x := node.args[0], fx.Node):
         return None
     if channel is None:
         return x, None
@@ -251,13 +278,9 @@ def constant(graph: Graph, operand: Any, out: TensorSpec) -> tuple[Tensor, int |
         return torch.tensor(float(operand), dtype=torch.float64), None, None, None
     chain = []
     while isinstance(operand, fx.Node) and operand.op == "call_function":
-        if (
-            operand.target not in RESHAPING
-            and permutation(operand) is None
-            and operand.target is not aten.expand.default
-        ):
+        if not (is_reshape(operand) or permutation(operand) is not None or is_expansion(operand)):
             return None
-        if any(isinstance(each, fx.Node) for each in operand.args[1:]):
+        if len(operand.all_input_nodes) > 1:
             return None
         chain.append(operand)
         operand = operand.args[0]

@@ -18,9 +18,13 @@ from torch import Tensor, fx
 
 from graphopt.aliases import roots, written
 from graphopt.dialects.aten.common import overloads
+from graphopt.dialects.layers import LAYERS, Affine, norm_of, read_product
+from graphopt.dialects.onnx.operators import Op
+from graphopt.dialects.products import operator_key
 from graphopt.graph import Call, Graph, TensorSpec, spec_of, tensor_spec
-from graphopt.passes.canonicalize.identities import RESHAPING, permutation
-from graphopt.passes.merge.scaling import LAYERS
+from graphopt.passes.canonicalize.identities import RESHAPING
+from graphopt.passes.merge.scaling import is_padded
+from graphopt.passes.shapes import permutation
 
 __all__ = ["Channels", "Constancy", "constancy", "padded", "reads"]
 
@@ -51,12 +55,12 @@ def constancy(graph: Graph) -> dict[fx.Node, Dims]:
     found: dict[fx.Node, Dims] = {}
     changing = _read_late(graph)
     for node in graph.nodes:
-        rule = _RULES.get(node.target) if node.op == "call_function" and node not in changing else None
+        rule = _RULES.get(operator_key(node)) if node.op == "call_function" and node not in changing else None
         if node.op == "get_attr" and node not in changing:
             rule = _vector
         spec = spec_of(node)
         dims: Dims = {}
-        if rule is not None and (isinstance(spec, TensorSpec) or node.target in _SPLITS):
+        if rule is not None and (isinstance(spec, TensorSpec) or operator_key(node) in _SPLITS):
             dims = rule(graph, node, found)
         found[node] = {
             dim: channels
@@ -97,24 +101,17 @@ def _vector(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
 # -- layers --
 
 
-def reads(node: fx.Node) -> int:
+def reads(layer: Affine) -> int:
     """Return the dimension of a layer's input that holds its channels."""
-    call = Call(node)
-    rank = len(tensor_spec(node.args[0]).shape)
-    return rank - 1 - (len(call.spec("weight").shape) - 2)
+    return len(tensor_spec(layer.input).shape) + layer.channel
 
 
-def padded(node: fx.Node) -> bool:
-    """Say whether a layer reads zeros around its input; then a constant is none at the border."""
-    if node.target is aten.linear.default:
-        return False
-    call = Call(node)
-    padding = call["padding"]
-    if LAYERS[node.target]:  # outputs at the border, and between strides, sum fewer products
-        return True
-    if isinstance(padding, str):
-        return padding != "valid" and prod(call.spec("weight").shape[2:]) > 1
-    return any(entry != 0 for entry in padding)
+def padded(layer: Affine) -> bool:
+    """Say whether a layer reads zeros around its input; then a constant is none at the border.
+
+    Of a transposed convolution, outputs at the border and between strides sum fewer products.
+    """
+    return layer.transposed or is_padded(layer)
 
 
 def _parameter(graph: Graph, node: Any) -> Tensor | None:
@@ -124,39 +121,41 @@ def _parameter(graph: Graph, node: Any) -> Tensor | None:
 
 def _layer(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
     """Return the rows that read constants alone, or nothing: their bias, and what these add up to."""
-    call = Call(node)
-    weight, bias = _parameter(graph, call["weight"]), _parameter(graph, call["bias"])
-    if weight is None or (bias is None and call["bias"] is not None) or LAYERS[node.target]:
+    layer = read_product(node)
+    if layer is None or layer.transposed or layer.weight.op != "get_attr":
         return {}
-    groups = call["groups"] if call.has("groups") else 1
+    if layer.bias is not None and layer.bias.op != "get_attr":
+        return {}
+    weight, bias = layer.kernel_values(graph), layer.bias_values(graph)
+    groups = layer.groups
     rows = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
     used = (weight.flatten(2) != 0).any(2) if weight.dim() > 2 else weight != 0
     value = bias.numpy().copy() if bias is not None else np.zeros(len(weight))
-    given = found[call["input"]].get(reads(node))
+    given = found[layer.input].get(reads(layer))
     if given is None:
         known = ~used.any(1).numpy()
-        return {reads(node): Channels(known, np.where(known, value, 0.0))}
-    usable = given.known & (given.value == 0) if padded(node) else given.known
+        return {reads(layer): Channels(known, np.where(known, value, 0.0))}
+    usable = given.known & (given.value == 0) if padded(layer) else given.known
     columns = np.broadcast_to(usable.reshape(groups, 1, -1), (groups, len(weight) // groups, weight.shape[1]))
     numbers = np.broadcast_to(given.value.reshape(groups, 1, -1), columns.shape)
     known = ~(used.numpy() & ~columns.reshape(used.shape)).any(1)
     value = value + (rows.numpy() * np.where(columns, numbers, 0.0).reshape(rows.shape)).sum(1)
-    return {reads(node): Channels(known, np.where(known, value, 0.0))}
+    return {reads(layer): Channels(known, np.where(known, value, 0.0))}
 
 
 def _batch_norm(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
-    call = Call(node)
-    if call["training"] or call["running_mean"] is None:
+    norm = norm_of(node)
+    if norm is None or norm.training or "running_mean" not in norm.statistics:
         return {}
-    given = [_parameter(graph, call[name]) for name in ("weight", "bias", "running_mean", "running_var")]
-    weight, bias, mean, var = given
-    if mean is None or var is None or (weight is None and call["weight"] is not None):
+    given = {name: _parameter(graph, each) for name, each in norm.statistics.items()}
+    if any(each is None for each in given.values()):
         return {}
-    if bias is None and call["bias"] is not None:
-        return {}
-    scale = (var + call["eps"]).rsqrt() * (1.0 if weight is None else weight)
+    weight, bias, mean, var = (given.get(name) for name in ("weight", "bias", "running_mean", "running_var"))
+    assert mean is not None
+    assert var is not None
+    scale = (var + norm.eps).rsqrt() * (1.0 if weight is None else weight)
     shift = (0.0 if bias is None else bias) - scale * mean
-    before = found[call["input"]].get(1, _unknown(len(mean)))
+    before = found[norm.input].get(1, _unknown(len(mean)))
     flat = (scale == 0).numpy()
     known = before.known | flat
     value = np.where(flat, shift.numpy(), scale.numpy() * before.value + shift.numpy())
@@ -212,14 +211,15 @@ def _binary(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
     call = Call(node)
     spec = tensor_spec(node)
     rank = len(spec.shape)
-    name = node.target._opname.removesuffix("_")  # type: ignore[union-attr]
+    name = _NAMES[operator_key(node)]
+    second = call["B" if isinstance(node.target, Op) else "other"]
     if call.has("rounding_mode") and call["rounding_mode"] is not None:
         return {}
     result: Dims = {}
     for dim, size in enumerate(spec.shape):
         if spec.dynamic[dim]:
             continue
-        a, b = (_operand(graph, each, dim, rank, size, found) for each in (node.args[0], call["other"]))
+        a, b = (_operand(graph, each, dim, rank, size, found) for each in (node.args[0], second))
         if not (a.any or b.any):
             continue
         known = a.known & b.known
@@ -270,8 +270,9 @@ def _reshape(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
 
 def _cat(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
     call = Call(node)
-    parts, spec = call["tensors"], tensor_spec(node)
-    along = call["dim"] % len(spec.shape)
+    is_onnx = isinstance(node.target, Op)
+    parts, spec = call["inputs" if is_onnx else "tensors"], tensor_spec(node)
+    along = call["axis" if is_onnx else "dim"] % len(spec.shape)
     if any(len(tensor_spec(part).shape) != len(spec.shape) for part in parts):
         return {}
     sizes = [tensor_spec(part).shape for part in parts]
@@ -293,13 +294,13 @@ def _split(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
 def _item(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
     """Take a part of a split."""
     parts, index = node.args
-    if not isinstance(parts, fx.Node) or parts.target not in _SPLITS or not isinstance(index, int):
+    if not isinstance(parts, fx.Node) or operator_key(parts) not in _SPLITS or not isinstance(index, int):
         return {}
     specs = spec_of(parts)
     x = parts.args[0]
     if not isinstance(specs, tuple) or not isinstance(x, fx.Node):
         return {}
-    along = Call(parts)["dim"] % len(tensor_spec(x).shape)
+    along = Call(parts)["axis" if isinstance(parts.target, Op) else "dim"] % len(tensor_spec(x).shape)
     start = sum(s.shape[along] for s in specs[: index % len(specs)] if isinstance(s, TensorSpec))
     stop = start + tensor_spec(node).shape[along]
     return {
@@ -317,6 +318,65 @@ def _slice(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
         channels = found[x][along]
         result[along] = Channels(channels.known[slice(*bounds)], channels.value[slice(*bounds)])
     return result
+
+
+def _onnx_slice(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
+    call = Call(node)
+    given = [call[name] for name in ("starts", "ends", "axes", "steps")]
+    if not all(each is None or isinstance(each, list | tuple) for each in given):
+        return {}
+    starts, ends, axes, steps = given
+    x = call["data"]
+    rank = len(tensor_spec(x).shape)
+    result = dict(found[x])
+    for place, axis in enumerate(axes if axes is not None else range(len(starts))):
+        along = axis % rank
+        bounds = (starts[place], ends[place], 1 if steps is None else steps[place])
+        channels = result.pop(along, None)
+        if channels is not None and all(isinstance(bound, int) for bound in bounds) and bounds[2] > 0:
+            result[along] = Channels(channels.known[slice(*bounds)], channels.value[slice(*bounds)])
+    return result
+
+
+def _pooling(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
+    """Pooling and resampling of ONNX: dimension 1 holds the channels."""
+    call = Call(node)
+    x = node.args[0]
+    if not isinstance(x, fx.Node) or not isinstance(spec_of(node), TensorSpec):
+        return {}
+    given = found[x].get(1)
+    same = tensor_spec(x).shape[1] == tensor_spec(node).shape[1]
+    if given is None or not same or (call.has("mode") and str(call["coordinate_transformation_mode"]).startswith("tf")):
+        return {}
+    padded_ = str(call["auto_pad"]) not in ("NOTSET", "VALID") or any(call["pads"] or ()) if call.has("pads") else False
+    zeros = padded_ and call.has("count_include_pad") and bool(call["count_include_pad"])
+    known = given.known & (given.value == 0) if zeros else given.known
+    return {1: Channels(known, np.where(known, given.value, 0.0))}
+
+
+def _reduced(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
+    call = Call(node)
+    x = call["data"]
+    rank = len(tensor_spec(x).shape)
+    axes = call["axes"]
+    if isinstance(axes, fx.Node):
+        return {}
+    if not axes and call.has("noop_with_empty_axes") and call["noop_with_empty_axes"]:
+        return _same(graph, node, found)
+    dims = {dim % rank for dim in (axes or range(rank))}
+    left = [dim for dim in range(rank) if call["keepdims"] or dim not in dims]
+    return {place: found[x][dim] for place, dim in enumerate(left) if dim in found[x] and dim not in dims}
+
+
+def _cast(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
+    """Look through casts to wider types; a narrower one rounds, as what takes a constant's place would not."""
+    x, out = node.args[0], tensor_spec(node)
+    wide = isinstance(x, fx.Node) and out.dtype.is_floating_point and tensor_spec(x).dtype.is_floating_point
+    return _same(graph, node, found) if wide and out.dtype.itemsize >= tensor_spec(x).dtype.itemsize else {}
+
+
+def _onnx_dropout(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
+    return {} if Call(node)["training_mode"] not in (None, False, 0) else _same(graph, node, found)
 
 
 def _spatial(graph: Graph, node: fx.Node, found: Constancy) -> Dims:
@@ -356,12 +416,21 @@ _ARITHMETIC: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "mul": operator.mul,
     "div": operator.truediv,
 }
-_SPLITS: Final = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default})
+_NAMES: Final[dict[Any, str]] = {
+    **{getattr(aten, f"{name}{suffix}").Tensor: name for name in _ARITHMETIC for suffix in ("", "_")},
+    **{name.capitalize(): name for name in _ARITHMETIC},
+}
+_SPLITS: Final = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, "Split"})
 _FUNCTIONS: Final = (
     "relu", "relu_", "relu6", "gelu.default", "silu", "silu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "hardtanh",
     "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "leaky_relu", "leaky_relu_", "elu", "elu_",
     "mish", "mish_", "softplus", "exp.default", "abs", "neg", "sqrt", "clamp.default", "clamp_min.default",
     "clamp_max.default", "pow.Tensor_Scalar", "erf", "selu", "celu",
+)  # fmt: skip
+_ONNX_FUNCTIONS: Final = (
+    "Abs", "Celu", "Clip", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Mish", "Neg", "Relu",
+    "Selu", "Sigmoid", "Softplus", "Softsign", "Sqrt", "Swish", "Tanh", "ThresholdedRelu", "com.microsoft.Gelu",
+    "com.microsoft.QuickGelu",
 )  # fmt: skip
 _SAME: Final = (
     "clone", "contiguous", "alias", "detach", "to.dtype", "to.dtype_layout", "to.device", "_to_copy", "lift_fresh_copy",
@@ -375,11 +444,22 @@ _SPATIAL: Final[dict[Any, int]] = {
 
 _RULES: Final[dict[Any, Rule]] = {
     **dict.fromkeys(LAYERS, _layer),
-    aten.batch_norm.default: _batch_norm,
+    **dict.fromkeys((aten.batch_norm.default, "BatchNormalization"), _batch_norm),
+    **dict.fromkeys(_ONNX_FUNCTIONS, _function),
+    "Identity": _same,
+    "Cast": _cast,
+    "Dropout": _onnx_dropout,
+    "Transpose": _permute,
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
+    "Concat": _cat,
+    "Split": _split,
+    "Slice": _onnx_slice,
+    **dict.fromkeys(("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Resize"), _pooling),
+    **dict.fromkeys(("ReduceMean", "ReduceMax", "ReduceMin"), _reduced),
     **dict.fromkeys(overloads(*_FUNCTIONS), _function),
     **dict.fromkeys(overloads(*_SAME), _same),
     **dict.fromkeys(overloads("dropout", "dropout_", "feature_dropout"), _dropout),
-    **dict.fromkeys(overloads(*(f"{name}{suffix}.Tensor" for name in _ARITHMETIC for suffix in ("", "_"))), _binary),
+    **dict.fromkeys(_NAMES, _binary),
     **dict.fromkeys((aten.permute.default, aten.transpose.int, aten.t.default, aten.mT.default), _permute),
     **dict.fromkeys(RESHAPING, _reshape),
     aten.cat.default: _cat,

@@ -15,10 +15,12 @@ from graphopt.axes.algebra import Atom, Indices, index_at, leaves
 from graphopt.axes.groups import Group
 from graphopt.axes.infer import Typing, atoms_of
 from graphopt.dialects import infer
-from graphopt.editing import add_tensor, read, replace_tensor
-from graphopt.graph import Call, Graph, tensor_spec
+from graphopt.dialects.layers import Affine, layer_with
+from graphopt.dialects.products import operator_key
+from graphopt.editing import replace_tensor
+from graphopt.graph import Graph, tensor_spec
 from graphopt.passes.affine import made_of, unavailable
-from graphopt.passes.merge.scaling import LAYERS
+from graphopt.passes.merge.scaling import add_bias, replace_bias
 from graphopt.passes.prune.constancy import Constancy, constancy, padded, reads
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, Removal, register
 from graphopt.report.wording import listing, plural
@@ -34,11 +36,34 @@ CONTRACTING: Final = frozenset(
         aten.addmm.default,
         aten.einsum.default,
         aten.scaled_dot_product_attention.default,
+        "Attention",
+        "DeformConv",
+        "Einsum",
+        "GRU",
+        "Gemm",
+        "LSTM",
+        "LinearAttention",
+        "MatMul",
+        "RNN",
+        *(
+            f"com.microsoft.{name}"
+            for name in (
+                "Attention",
+                "FusedGemm",
+                "FusedMatMul",
+                "FusedMatMulActivation",
+                "GroupQueryAttention",
+                "MultiHeadAttention",
+                "TransposeMatMul",
+            )
+        ),
     }
 )
 """Operators that may sum over an axis that their result has all the same, from another operand."""
 
-PARTS: Final = frozenset({operator.getitem, aten.slice.Tensor, aten.sym_size.int, aten.sym_numel.default})
+PARTS: Final = frozenset(
+    {operator.getitem, aten.slice.Tensor, aten.sym_size.int, aten.sym_numel.default, "Slice", "Split"}
+)
 """Operators that take a part, or a size, and leave the rest unread."""
 
 
@@ -91,7 +116,7 @@ Mask: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
 class _Reader:
     """A layer that sums over a group: for each column of its weight, the index of the group; -1 for none."""
 
-    node: fx.Node
+    layer: Affine
     columns: Indices
     group: Group = field(repr=False)
 
@@ -120,28 +145,27 @@ class _Search:
             if node.op != "call_function":
                 continue
             before = {atom for each in node.all_input_nodes for atom in self._atoms(each)}
-            if node.target in LAYERS:
-                self._read_layer(node)
-                weight = Call(node)["weight"]
-                summed = before - self._atoms(node) - self._atoms(weight)
-            elif node.target in CONTRACTING:
+            layer = layer_with(node)
+            if layer is not None:
+                self._read_layer(layer)
+                summed = before - self._atoms(node) - self._atoms(layer.weight)
+            elif operator_key(node) in CONTRACTING:
                 summed = before
             else:
-                summed = set() if node.target in PARTS else before - self._atoms(node)
+                summed = set() if operator_key(node) in PARTS else before - self._atoms(node)
             for atom in summed:
                 self.refused.setdefault(self.groups[atom], f"{node.name} ({node.target}) mixes its indices")
 
-    def _read_layer(self, node: fx.Node) -> None:
+    def _read_layer(self, layer: Affine) -> None:
         """Note the groups that a layer sums over: those in its weight's input channels."""
-        weight = Call(node)["weight"]
-        axes = self.typing.values[weight]
+        axes = self.typing.values[layer.weight]
         assert isinstance(axes, tuple)
         if len(axes) < 2:
             return
-        axis = axes[0 if LAYERS[node.target] else 1]
+        axis = axes[layer.columns]
         for atom in dict.fromkeys(leaves(axis)):
             if atom in self.groups:
-                self.readers[self.groups[atom]].append(_Reader(node, index_at(axis, atom), self.groups[atom]))
+                self.readers[self.groups[atom]].append(_Reader(layer, index_at(axis, atom), self.groups[atom]))
 
     def _atoms(self, node: fx.Node) -> set[Atom]:
         return {atom for atom in atoms_of(self.typing.values[node]) if atom in self.groups}
@@ -194,7 +218,7 @@ class _Search:
 
     def _free(self, reader: _Reader, gone: Mapping[Group, Mask]) -> Mask:
         """Return the indices that a layer does not depend on, or only by a number that its bias can take."""
-        used = self._used(reader.node, gone)
+        used = self._used(reader.layer, gone)
         known, value, blocked = self._constants(reader)
         movable = known & ((value == 0) | (blocked is None))
         free_columns = ~(used & ~movable).any(0)
@@ -205,18 +229,18 @@ class _Search:
         np.logical_and.at(free, reader.columns[here], free_columns[here])
         return free
 
-    def _used(self, node: fx.Node, gone: Mapping[Group, Mask]) -> Mask:
+    def _used(self, layer: Affine, gone: Mapping[Group, Mask]) -> Mask:
         """Return which entries ``(row, column)`` of a layer's weight are not zero, among rows that stay."""
-        weight = Call(node)["weight"]
+        weight, turned = layer.weight, layer.rows == 1
         if weight.op != "get_attr":
             shape = tensor_spec(weight).shape[:2]
-            return np.ones(shape[::-1] if LAYERS[node.target] else shape, dtype=np.bool_)
+            return np.ones(shape[::-1] if turned else shape, dtype=np.bool_)
         tensor = self.graph.tensor(str(weight.target)).detach()
         matrix = (tensor if tensor.dim() == 2 else tensor.flatten(2).ne(0).any(2)) != 0
-        used = (matrix.t() if LAYERS[node.target] else matrix).cpu().numpy().copy()
+        used = (matrix.t() if turned else matrix).cpu().numpy().copy()
         axes = self.typing.values[weight]
         assert isinstance(axes, tuple)
-        rows = axes[1 if LAYERS[node.target] else 0]
+        rows = axes[layer.rows]
         for atom in dict.fromkeys(leaves(rows)):
             group = self.groups.get(atom)
             if group is not None and group in gone:
@@ -226,29 +250,29 @@ class _Search:
 
     def _constants(self, reader: _Reader) -> tuple[Any, Any, str | None]:
         """Return, as ``(row, column)``, which inputs are constant, their values, and why these cannot be moved."""
-        node = reader.node
-        call = Call(node)
-        shape = call.spec("weight").shape
-        groups = call["groups"] if call.has("groups") else 1
-        rows, columns = (shape[1], shape[0]) if LAYERS[node.target] else shape[:2]
-        given = self.known[call["input"]].get(reads(node))
-        if given is None or (LAYERS[node.target] and groups > 1):
+        layer, groups = reader.layer, reader.layer.groups
+        shape = tensor_spec(layer.weight).shape
+        rows, columns = (shape[1], shape[0]) if layer.rows == 1 else shape[:2]
+        given = self.known[layer.input].get(reads(layer))
+        if given is None or (layer.transposed and groups > 1):
             return np.zeros((rows, columns), dtype=np.bool_), np.zeros((rows, columns)), None
         known, value = (
             np.broadcast_to(each.reshape(groups, 1, columns), (groups, rows // groups, columns)).reshape(rows, columns)
             for each in (given.known, given.value)
         )
-        return known, value, self._why_not_moved(node, given.value)
+        return known, value, self._why_not_moved(layer, given.value)
 
-    def _why_not_moved(self, node: fx.Node, value: np.ndarray[Any, Any]) -> str | None:
+    def _why_not_moved(self, layer: Affine, value: np.ndarray[Any, Any]) -> str | None:
         """Say why a layer's bias cannot take what constant channels add."""
-        if padded(node):
+        if padded(layer):
             largest = float(np.abs(value).max())
             return (
-                f"{node.name} reads it beside zero padding, where its constant (up to {largest:.3g}) would be missing"
+                f"{layer.product.name} reads it beside zero padding, where its constant (up to {largest:.3g}) would be "
+                "missing"
             )
-        call = Call(node)
-        return unavailable(self.graph, (call["weight"], call["bias"]))
+        if layer.bias is None and layer.slot is None:
+            return f"{layer.product.name} has no bias that could take what its constants add up to"
+        return unavailable(self.graph, (layer.weight, layer.bias))
 
     def facts(self, group: Group, gone: Indices) -> dict[str, Any]:
         """Return what the report says of a group whose indices go."""
@@ -269,37 +293,34 @@ class _Search:
     def move_into_biases(self, found: Mapping[Group, Indices]) -> None:
         """Add to biases what the constant channels that go contribute, and put zeros in their columns."""
         goes: dict[Group, Mask] = {group: np.zeros(group.size, dtype=np.bool_) for group in found}
-        masks: dict[fx.Node, Mask] = {}
-        values: dict[fx.Node, np.ndarray[Any, np.dtype[np.float64]]] = {}
+        masks: dict[Affine, Mask] = {}
+        values: dict[Affine, np.ndarray[Any, np.dtype[np.float64]]] = {}
         for group, gone in found.items():
             goes[group][gone] = True
         for group in found:
             for reader in self.readers[group]:
                 known, value, _ = self._constants(reader)
                 columns = (reader.columns >= 0) & goes[group][reader.columns]
-                mask = known & (value != 0) & columns & self._used(reader.node, goes)
-                masks[reader.node] = mask | masks.get(reader.node, False)
-                values[reader.node] = value
-        for node, mask in masks.items():
+                mask = known & (value != 0) & columns & self._used(reader.layer, goes)
+                masks[reader.layer] = mask | masks.get(reader.layer, False)
+                values[reader.layer] = value
+        for layer, mask in masks.items():
             if mask.any():
-                _move(self.graph, node, torch.from_numpy(mask), torch.from_numpy(values[node].copy()))
+                _move(self.graph, layer, torch.from_numpy(mask), torch.from_numpy(values[layer].copy()))
 
 
-def _move(graph: Graph, node: fx.Node, mask: Tensor, value: Tensor) -> None:
+def _move(graph: Graph, layer: Affine, mask: Tensor, value: Tensor) -> None:
     """Add ``W[mask] c`` to the bias of a layer, and put zeros where ``mask`` says so."""
-    call = Call(node)
-    name = str(call["weight"].target)
+    name = str(layer.weight.target)
     weight = graph.tensor(name)
     old = weight.detach().double()
+    turned = layer.rows == 1
     spread = (...,) + (None,) * (old.dim() - 2)
-    part = old * mask.to(old)[spread]
-    added = (part * value.to(old)[spread]).flatten(1).sum(1)
+    part = old * (mask.t() if turned else mask).to(old)[spread]
+    added = part * (value.t() if turned else value).to(old)[spread]
+    added = added.sum([dim for dim in range(old.dim()) if dim != layer.rows]) * layer.scale / layer.bias_scale
     replace_tensor(graph, name, made_of([weight], old - part))
-    if call["bias"] is not None:
-        bias = graph.tensor(str(call["bias"].target))
-        replace_tensor(graph, str(call["bias"].target), made_of([bias], bias.detach().double() + added))
-        return
-    path = name.rpartition(".")[0]
-    made = made_of([weight], added)
-    new = add_tensor(graph, f"{path}.bias" if path else "bias", made, sources={0: graph.stands_for(name, 0)})
-    call["bias"] = read(graph, new, node)
+    if layer.bias is not None:
+        replace_bias(graph, layer, graph.tensor(str(layer.bias.target)).detach().double() + added)
+    else:
+        add_bias(graph, layer, added, graph.stands_for(name, layer.rows))
