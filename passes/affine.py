@@ -117,9 +117,14 @@ def insert_layer(
     if like.is_linear:
         options = {name: value for name, value in options.items() if name == "transB"}
     else:
-        given = {"dilations": list(geometry.dilation), "group": geometry.groups, "strides": list(geometry.stride)}
         pads = [first for first, _ in geometry.padding] + [last for _, last in geometry.padding]
-        options = {**given, "kernel_shape": list(geometry.shape[2:]), "pads": pads}
+        options = {
+            "dilations": list(geometry.dilation),
+            "group": geometry.groups,
+            "kernel_shape": list(geometry.shape[2:]),
+            "pads": pads,
+            "strides": list(geometry.stride),
+        }
     inputs = (x, weight) if bias is None else (x, weight, bias)
     return insert(graph, before, target, inputs, options, like=like.node, spec=out)
 
@@ -204,7 +209,9 @@ def joint_name(names: Sequence[str]) -> str:
 
 
 def sibling(name: str, last: str) -> str:
-    """Name the tensor ``last`` of the module that holds another."""
+    """Name the tensor ``last`` of the module that holds another, or after that one where no module does."""
+    if "." not in name and name != "weight":
+        return f"{name}_{last}"
     return ".".join([*name.split(".")[:-1], last])
 
 

@@ -283,7 +283,7 @@ def _linear(found: Product) -> Affine | None:
     node, weight = found.node, found.right
     if node.target is aten.linear.default:
         return Affine(node, node, found.left, weight, found.bias)
-    is_known = isinstance(weight, fx.Node) and (weight.op == "get_attr" or operator_key(node) == "Gemm")
+    is_known = weight.op == "get_attr" or operator_key(node) == "Gemm"
     if not is_known or found.turned[0] or len(tensor_spec(weight).shape) != 2 or len(tensor_spec(found.left).shape) < 2:
         return None
     out = tensor_spec(node)

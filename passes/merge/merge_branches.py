@@ -429,4 +429,5 @@ def _stem(weights: Sequence[str], with_input: bool) -> str:
     if with_input:
         path = names[0].split(".")
         names.append(".".join([*path[:-2], "identity", path[-1]]))
-    return joint_name(names).rpartition(".")[0]
+    joint = joint_name(names)
+    return joint.rpartition(".")[0] or joint

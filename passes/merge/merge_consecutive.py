@@ -93,7 +93,7 @@ def _alike(first: Affine, second: Affine) -> bool:
 
 def _obstacle(graph: Graph, first: Affine, second: Affine) -> str | None:
     """Say why two maps that follow each other stay two."""
-    others = [user.name for user in first.node.users if user is not second.node]
+    others = [user.name for user in first.node.users if user is not second.product]
     if others:
         return f"{listing(others)} read {first.node.name}, too"
     reason = unavailable(graph, (first.weight, first.bias, second.weight, second.bias))
