@@ -17,15 +17,25 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+import graphopt
 from graphopt.capture import capture
+from graphopt.dialects import infer
 from graphopt.dialects.onnx import runtime
 from graphopt.graph import Graph
+from graphopt.targets.onnx import OnnxTarget
 from tests.zoo import ZOO, quiet
+from tests.zoo.exactness import measure
+from tests.zoo.onnx_coverage import COVERAGE, file_coverage
 from tests.zoo.onnx_files import EXPORTERS, REFUSED, Exporter, ExportError, exported, feeds
 
 pytestmark = pytest.mark.zoo
 
 EXPECTED_REFUSALS: dict[str, dict[str, str]] = json.loads(REFUSED.read_text())
+
+EXPECTED: dict[str, dict[str, Any]] = json.loads(COVERAGE.read_text())
+
+ALONE = 4
+"""How many groups of each file are pruned alone."""
 
 FILES = [
     pytest.param(name, exporter, id=f"{name}-{exporter}", marks=pytest.mark.xdist_group(name))
@@ -43,13 +53,13 @@ def captured(name: str, exporter: Exporter) -> tuple[Path, Graph]:
         return path, capture(path)
 
 
-def run_file(path: Path, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+def run_model(model: bytes, inputs: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)
 
 
@@ -73,7 +83,7 @@ def test_reads_and_writes_without_changing_an_output(name: str, exporter: Export
     """Run the graph with torch and as it is written in ONNX Runtime, on another batch size than the example's."""
     path, graph = captured(name, exporter)
     inputs = feeds(name, path, batch=3)
-    expected = run_file(path, inputs)
+    expected = run_model(path.read_bytes(), inputs)
     tensors = [torch.from_numpy(inputs[value.name]) for value in graph.module.meta["onnx"].inputs]
     with torch.no_grad():
         computed = [leaf for leaf in pytree.tree_leaves(graph.module(*tensors)) if isinstance(leaf, torch.Tensor)]
@@ -82,3 +92,40 @@ def test_reads_and_writes_without_changing_an_output(name: str, exporter: Export
     for a, b, c in zip(expected, computed, written, strict=True):
         assert relative(a, b.numpy()) <= 2e-5
         assert relative(a, c.numpy()) <= 2e-6
+
+
+@pytest.mark.parametrize(("name", "exporter"), FILES)
+def test_groups_alone_and_together_are_exact(name: str, exporter: Exporter) -> None:
+    """Compare with the masked original in float64, computed by torch."""
+    typing = infer(captured(name, exporter)[1])
+    assert file_coverage(typing) == EXPECTED[exporter][name]
+    step = max(1, len(typing.groups) // ALONE)
+    found = measure(typing, typing.groups[::step][:ALONE])
+    assert found.alone <= 1e-10, found.worst
+    assert found.together <= 1e-10
+    assert found.single <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "exporter"), FILES)
+def test_half_the_multiply_adds_are_removed_and_the_rest_runs_in_onnx_runtime(name: str, exporter: Exporter) -> None:
+    path, _ = captured(name, exporter)
+    before = path.read_bytes()
+    target = OnnxTarget(channel_multiple=1)
+    with quiet():
+        result = graphopt.optimize(path, target=target, budget=graphopt.Budget(flops=0.5))
+    report = result.report.to_dict()
+    (budget,) = report["budget"]
+    assert budget["achieved"] <= budget["target"] == 0.5 * budget["original"]
+    (pruning,) = (each for each in report["passes"] if each["name"] == "prune-channels")
+    assert pruning["comparisons"]
+    for each in report["passes"]:
+        assert all(c["passed"] for c in each["comparisons"])
+        assert (each["left_alone"], each["left_out"]) == ({}, "")
+    ran = [c for c in report["comparisons"] if "onnxruntime" in c["subject"]]
+    assert ran
+    assert all(c["passed"] for c in ran)
+    inputs = feeds(name, path, batch=3)
+    expected, found = run_model(before, inputs), run_model(result.onnx.SerializeToString(), inputs)
+    assert [a.shape for a in found] == [a.shape for a in expected]
+    assert path.read_bytes() == before
