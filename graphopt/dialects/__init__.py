@@ -11,6 +11,7 @@ from typing import Any
 from graphopt.axes.infer import Operator, Typing
 from graphopt.axes.infer import infer as _infer
 from graphopt.dialects import aten, onnx
+from graphopt.dialects.onnx.facts import is_onnx
 from graphopt.graph import Graph
 
 __all__ = ["infer"]
@@ -21,7 +22,7 @@ def infer(graph: Graph, extra: Mapping[Any, Operator] | None = None) -> Typing:
 
     ``extra`` adds or replaces operators, for custom kernels.
     """
-    if not graph.module.meta.get("onnx"):
+    if not is_onnx(graph):
         return aten.infer(graph, extra)
     # Sizes are computed by ATen's operators in an ONNX graph, too.
     return _infer(graph, {**aten.OPERATORS, **onnx.OPERATORS, **(extra or {})})

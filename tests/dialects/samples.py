@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-__all__ = ["RANDOM", "WITHOUT_TENSORS", "P", "calls"]
+from tests.dialects.alone import P
+
+__all__ = ["RANDOM", "WITHOUT_TENSORS", "calls"]
 
 RANDOM = frozenset(
     [
@@ -35,18 +36,6 @@ WITHOUT_TENSORS = frozenset(["sym_size.int", "sym_numel.default", "sym_stride.in
     "_assert_tensor_metadata.default"
 }
 """Operators that yield a number or nothing."""
-
-
-@dataclass(frozen=True)
-class P:
-    """A floating-point operand of this shape with entries from ``low``: a parameter or a buffer, as a test decides."""
-
-    shape: tuple[int, ...]
-    low: float = -0.5
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Return its values."""
-        return torch.rand(self.shape, generator=generator, dtype=torch.float64) + self.low
 
 
 @dataclass(frozen=True)

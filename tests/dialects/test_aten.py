@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from graphopt.axes.algebra import Atom, Indices, index_at, leaves
-from graphopt.axes.infer import Operator, Typing
+from graphopt.axes.algebra import leaves
+from graphopt.axes.infer import Operator
 from graphopt.dialects import aten as dialect
 from graphopt.dialects.aten import OPERATORS, infer
 from graphopt.dialects.aten.contraction import late_operators
 from graphopt.graph import SPEC, Graph, TensorSpec, TraceModule, set_tensor
 from graphopt.rewrite import rewrite
 from graphopt.verify import difference, evaluate, masked_outputs
-from tests.dialects.checks import EXACT, check, reasons, typed, zeroed
-from tests.dialects.samples import RANDOM, WITHOUT_TENSORS, P, calls
+from tests.dialects.alone import assert_zero, variants
+from tests.dialects.checks import EXACT, check, reasons, typed
+from tests.dialects.samples import RANDOM, WITHOUT_TENSORS, calls
 
 aten = torch.ops.aten
 NAMES = [
@@ -64,94 +63,12 @@ def test_every_entry_is_an_operator_on_tensors() -> None:
 # -- one operator in a graph of its own --------------------------------------------------------------------------------
 
 
-def build(target: Any, sample: Any, vanish: tuple[bool, ...]) -> Graph | None:
-    """Make a graph of one call whose result is summed; operands are parameters where they vanish, buffers elsewhere."""
-    module = TraceModule(nn.Module(), fx.Graph())
-    generator = torch.Generator().manual_seed(0)
-    graph = fx.Graph()
-    seen: dict[int, fx.Node] = {}
-
-    def tensor(value: Any) -> Any:
-        if not isinstance(value, P | Tensor):
-            return value
-        if id(value) in seen:
-            return seen[id(value)]
-        name = f"t{len(seen)}"
-        found = value.draw(generator) if isinstance(value, P) else value
-        is_parameter = isinstance(value, P) and vanish[sum(isinstance(v, P) for v in kept)]
-        kept.append(value)
-        set_tensor(module, name, nn.Parameter(found) if is_parameter else found)
-        node = graph.get_attr(name)
-        node.meta[SPEC] = TensorSpec.of(found)
-        if target._schema.is_mutable:
-            node = graph.call_function(aten.clone.default, (node,))
-            node.meta[SPEC] = TensorSpec.of(found)
-        values[node] = found
-        seen[id(value)] = node
-        return node
-
-    kept: list[Any] = []
-    values: dict[fx.Node, Tensor] = {}
-    args, kwargs = pytree.tree_map(tensor, (sample.args, sample.kwargs), is_leaf=lambda v: isinstance(v, P))
-    call = graph.call_function(target, args, kwargs)
-    found = target(
-        *fx.node.map_arg(args, lambda n: values[n].clone()), **fx.node.map_arg(kwargs, lambda n: values[n].clone())
-    )
-    if isinstance(found, Tensor):
-        call.meta[SPEC] = TensorSpec.of(found)
-        results = [call]
-    else:
-        call.meta[SPEC] = tuple(TensorSpec.of(each) for each in found)
-        results = [graph.call_function(operator.getitem, (call, i)) for i in range(len(found))]
-        for node, each in zip(results, found, strict=True):
-            node.meta[SPEC] = TensorSpec.of(each)
-    sums = []
-    for node in results:
-        if node.meta[SPEC].dtype.is_floating_point:
-            square = graph.call_function(aten.square.default, (node,))
-            square.meta[SPEC] = node.meta[SPEC]
-            total = graph.call_function(aten.sum.default, (square,))
-            total.meta[SPEC] = TensorSpec((), node.meta[SPEC].dtype, ())
-            sums.append(total)
-    graph.output(tuple(sums))
-    module.graph = graph
-    return Graph(module, ((), {}))
-
-
-def variants(target: Any) -> Iterator[tuple[Graph, fx.Node]]:
-    """Yield each sample call with every choice of which operands vanish, and the call's node."""
-    for sample in calls(target):
-        leaves_ = pytree.tree_leaves((sample.args, sample.kwargs), is_leaf=lambda v: isinstance(v, P))
-        count = len({id(v) for v in leaves_ if isinstance(v, P)})
-        for vanish in product((True, False), repeat=min(count, 3)):
-            graph = build(target, sample, (*vanish, *[True] * (count - len(vanish))))
-            assert graph is not None
-            (call,) = graph.module.graph.find_nodes(op="call_function", target=target)[:1]
-            yield graph, call
-
-
-def run(graph: Graph, node: fx.Node) -> list[Tensor]:
-    """Return the values of a node."""
-    seen: list[Any] = []
-
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            found = super().run_node(n)
-            if n is node:
-                seen.append(pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, found))
-            return found
-
-    with torch.no_grad():
-        Watch(graph.module).run()
-    return [t for t in pytree.tree_leaves(seen) if isinstance(t, Tensor)]
-
-
 @pytest.mark.parametrize("target", TARGETS, ids=short)
 def test_an_operator_by_itself(target: Any) -> None:
     """Its rule gives axes of the result's sizes, what it calls zero is zero, and its rewritten calls are right."""
     if short(target) in WITHOUT_TENSORS:
         return
-    for graph, call in variants(target):
+    for graph, call in (each for sample in calls(target) for each in variants(target, sample)):
         typing = infer(graph)
         assert typing.unknown == [], "the rule does not fit"
         for group in typing.groups:
@@ -163,25 +80,6 @@ def test_an_operator_by_itself(target: Any) -> None:
                 found = evaluate(rewrite(typing, keep), (), {}, double=True)
                 gap = difference(expected, found, double=True)
                 assert gap.relative < EXACT, f"{group}: {gap}"
-
-
-def assert_zero(typing: Typing, call: fx.Node, keep: dict[Atom, Indices]) -> None:
-    """Check that the call's result is zero wherever an index was removed: its sum was called exact."""
-    (atom,) = keep
-    changed = typing.graph.clone()
-    copied = zeroed(changed.module, typing, keep)
-    assert isinstance(copied, TraceModule)
-    (twin,) = [n for n in copied.graph.nodes if n.name == call.name]
-    value = typing.values[call]
-    for axes, result in zip(
-        [value] if isinstance(value, tuple) else value or [], run(Graph(copied, ((), {})), twin), strict=True
-    ):
-        assert isinstance(axes, tuple)
-        for dim, axis in enumerate(axes):
-            index = index_at(axis, atom)
-            removed = np.flatnonzero((index >= 0) & ~np.isin(index, keep[atom]))
-            if result.dtype.is_floating_point:
-                assert not result.index_select(dim, torch.from_numpy(removed)).any(), f"{call.target} is not zero"
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------

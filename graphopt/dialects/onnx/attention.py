@@ -58,6 +58,15 @@ def _mask(t: Typer, mask: Axes, scores: Axes) -> None:
             t.freeze(axis, _SEQUENCE)
 
 
+def _fix_batch(t: Typer, call: Call, batch: Axis, *names: str) -> None:
+    """Freeze the batch where some operand says of each of its entries how long the sequence is."""
+    for name in names:
+        given = optional(t, call[name])
+        if given is not None:
+            for axis in (*given, batch):
+                t.freeze(axis, "each entry of a batch has a length of its own")
+
+
 def _follow(r: Resizer, call: Call, queries: str, keys: str, default: float | None) -> None:
     """Let the numbers of heads follow, and make the scale explicit: the default would follow the pruned width."""
     if r.fact is None:
@@ -88,6 +97,7 @@ def _attention(t: Typer, call: Call) -> Value:
     total = k[2].size + (t[call["past_key"]][2].size if call["past_key"] is not None else 0)
     keys, values = _past(t, call["past_key"], k, total), _past(t, call["past_value"], v, total)
     t.unify(keys[2], values[2])
+    _fix_batch(t, call, q[0], "nonpad_kv_seqlen")
     out = _attend(t, call, q, keys, values, call["attn_mask"])
     scores = (q[0], q[1], q[2], keys[2])
     return results(call, _merged(out) if flat else out, keys, values, scores)
@@ -123,9 +133,7 @@ def _multi_head(t: Typer, call: Call) -> Value:
     keys = _past(t, call["past_key"], k, k[2].size + past)
     values = _past(t, call["past_value"], v, k[2].size + past)
     t.unify(keys[2], values[2])
-    padding = optional(t, call["key_padding_mask"])
-    for axis in padding or ():
-        t.freeze(axis, _SEQUENCE)
+    _fix_batch(t, call, q[0], "key_padding_mask", "past_sequence_length", "cache_indirection")
     out = _attend(t, call, q, keys, values, call["attention_bias"])
     return results(call, _merged(out), keys, values, (*q[:3], keys[2]))
 
@@ -153,9 +161,9 @@ def _grouped(t: Typer, call: Call) -> Value:
     if call["do_rotary"]:
         for each in (q, k):
             _rotate(t, call, each[3])
-    for name in ("seqlens_k", "total_sequence_length", "position_ids"):
-        for axis in optional(t, call[name]) or ():
-            t.freeze(axis, _SEQUENCE)
+        for name in ("cos_cache", "sin_cache"):
+            t.freeze(t[call[name]][0], "addressed by data")
+    _fix_batch(t, call, q[0], "seqlens_k", "total_sequence_length", "position_ids")
     specs = call.node.meta["spec"]
     total = specs[1].shape[2] if isinstance(specs, tuple) and len(specs) > 1 else k[2].size
     keys, values = _past(t, call["past_key"], k, total), _past(t, call["past_value"], v, total)
@@ -213,19 +221,13 @@ def _resize_packed(r: Resizer, call: Call) -> None:
 
 
 def _rotate(t: Typer, call: Call, width: Axis) -> None:
-    """Tie the halves that are rotated into each other with the table of angles ``(positions, half)``.
+    """Tie the halves that are rotated into each other with the tables of angles ``(…, half)``.
 
     Where neighbours are, they go by pairs. Entries beyond the rotated ones are not touched.
     """
-    tables = [t[call[name]] for name in ("cos_cache", "sin_cache")]
-    half = tables[0][-1]
-    t.unify(half, tables[1][-1])
-    for table in tables:
-        for axis in table[:-1]:
-            t.freeze(axis, _SEQUENCE)
+    half = t.unify(t[call["cos_cache"]][-1], t[call["sin_cache"]][-1])
     rotated, _ = t.cut(width, 2 * half.size) if width.size > 2 * half.size else (width, ONE)
-    interleaved = call["rotary_interleaved"] if call.has("rotary_interleaved") else call["interleaved"]
-    if interleaved:
+    if call["rotary_interleaved"] if call.has("rotary_interleaved") else call["interleaved"]:
         pairs, both = t.split(rotated, half.size)
         t.freeze(both, "a pair that is rotated")
         t.unify(pairs, half)
@@ -237,22 +239,29 @@ def _rotate(t: Typer, call: Call, width: Axis) -> None:
 
 def _rotary(t: Typer, call: Call) -> Value:
     """Rotate ``x (n, h, l, e)``, or ``(n, l, h e)`` with the number of heads given or found from the table."""
-    name = "X" if call.has("X") else "input"
-    x = t[call[name]]
+    x = t[call["X" if call.has("X") else "input"]]
     width = call["rotary_embedding_dim"] or 2 * t[call["cos_cache"]][-1].size
     if len(x) == 3:
-        count = call["num_heads"] or x[2].size // width
-        heads, own = t.split(x[2], count)
+        heads, own = t.split(x[2], call["num_heads"] or x[2].size // width)
     else:
         heads, own = x[1], x[3]
-    positions = optional(t, call["position_ids"])
-    for axis in positions or ():
-        t.freeze(axis, _SEQUENCE)
-    if x[1].size == 1 and len(x) == 3:
-        t.freeze(x[1], _SEQUENCE)
     _rotate(t, call, own)
+    _turn_by_place(t, call, (x[0], x[-2] if len(x) == 4 else x[1]))
     t.facts[call.node] = (heads, own)
     return x
+
+
+def _turn_by_place(t: Typer, call: Call, places: Axes) -> None:
+    """Tie batch and sequence ``(n, l)`` with where positions, or the angles themselves, are given for each."""
+    tables = [t[call[name]][:-1] for name in ("cos_cache", "sin_cache")]
+    positions = optional(t, call["position_ids"])
+    given = tables if positions is None else [positions]
+    if len(given[0]) == 2:
+        broadcast(t, places, *given)
+    else:
+        t.freeze(places[1], "its places are counted")
+    for axis in () if positions is None else (a for table in tables for a in table):
+        t.freeze(axis, "addressed by data")
 
 
 def _resize_rotary(r: Resizer, call: Call) -> None:
@@ -279,7 +288,7 @@ def _embed(t: Typer, call: Call) -> Value:
             t.unify(table[1], word[1])
     for name in ("gamma", "beta"):
         t.unify(t[call[name]][0], word[1])
-    for name in ("segment_ids", "mask", "position_ids"):
+    for name in ("input_ids", "segment_ids", "mask", "position_ids"):
         for axis in optional(t, call[name]) or ():
             t.freeze(axis, _SEQUENCE)
     t.normalise(word[1])

@@ -58,22 +58,19 @@ def _zeros_of_gemm(z: Zeros, call: Call) -> Atoms:
     return z.where(call.node, found if call["C"] is None else found & z.at(call.node, call["C"]))
 
 
-def _order(rank: int, swap: bool, swap_batch: bool) -> list[int]:
+def _order(call: Call, side: str) -> list[int]:
     """Return where each dimension of a factor of a FusedMatMul comes from."""
-    order = list(range(rank))
-    if swap_batch:
-        order.insert(rank - 2, order.pop(0))
-    if swap and rank > 1:
+    order = list(range(rank_of(call[side])))
+    if call.has(f"transBatch{side}") and call[f"transBatch{side}"]:
+        order.insert(len(order) - 2, order.pop(0))
+    if call[f"trans{side}"] and len(order) > 1:
         order[-2:] = order[:-3:-1]
     return order
 
 
 def _fused_matmul(t: Typer, call: Call) -> Value:
     """``alpha A B`` with matrices transposed, and the first dimension brought before the last but one."""
-    sides = [
-        tuple(t[call[side]][d] for d in _order(rank_of(call[side]), call[f"trans{side}"], call[f"transBatch{side}"]))
-        for side in "AB"
-    ]
+    sides = [tuple(t[call[side]][d] for d in _order(call, side)) for side in "AB"]
     out, inner = matmul(t, *sides)
     t.contract(inner, call["A"], call["B"])
     mark_attention(t, call["A"], call["B"], out, inner)
@@ -88,7 +85,7 @@ def _zeros_of_fused_matmul(z: Zeros, call: Call) -> Atoms:
     rank, found = len(z.axes(call.node)), NO_FACES
     for side in "AB":
         own = rank_of(call[side])
-        order = _order(own, call[f"trans{side}"], call[f"transBatch{side}"])
+        order = _order(call, side)
         place: list[int | None] = [None] * own
         for position, dim in enumerate(order):
             place[dim] = rank - own + position
@@ -192,8 +189,11 @@ def resize_groups(r: Resizer, call: Call) -> None:
 def _deform(t: Typer, call: Call) -> Value:
     """Convolve at places that an offset says; several sets of offsets belong to equal shares of the channels."""
     for name in ("offset", "mask"):
-        for axis in (optional(t, call[name]) or ())[1:]:
-            t.freeze(axis, "sampled by coordinates")
+        places = optional(t, call[name])
+        if places is not None:
+            t.unify(places[0], t[call["X"]][0])
+            for axis in places[1:]:
+                t.freeze(axis, "sampled by coordinates")
     if call["offset_group"] != 1:
         t.freeze(t[call["X"]][1], "its shares have offsets of their own")
     x = t[call["X"]]
