@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
@@ -31,6 +32,9 @@ NODE_LIMIT: Final = 1_000_000
 
 INPUT_LIMIT: Final = 1 << 31
 """Most entries that an input may declare: examples of inputs are made from what is declared."""
+
+_CONTROL: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""Characters that a terminal obeys, apart from tabs and ends of lines."""
 
 _ALIAS: Final = "ai.onnx"
 
@@ -93,7 +97,7 @@ class Order:
             *((getattr(model, name), name) for name in ("producer_name", "producer_version", "domain", "doc_string")),
             *((text, "metadata") for entry in model.metadata_props for text in (entry.key, entry.value)),
         ):
-            self._text(text, f"the {of}")
+            self._text(text, f"the {of}", prose=True)
         self._check_inputs(graph)
         self._graph(graph, (), "the graph", 0)
         if not graph.output:
@@ -107,13 +111,18 @@ class Order:
     def _error(self, culprit: str, found: str, required: str, remedy: str) -> CaptureError:
         return self.weights.error(culprit, found, required, remedy)
 
-    def _text(self, value: Any, what: str) -> str:
-        """Return a name, which is bytes where the file holds no text."""
-        if not isinstance(value, str) or "\0" in value:
-            raise self._error(
-                f"{what} '{short(value)}'", "bytes that are no text", "a name in UTF-8", "rename it and save again"
-            )
-        return value
+    def _text(self, value: Any, what: str, *, prose: bool = False) -> str:
+        """Return a text, which is bytes where the file holds none; a name must be printable, prose may have lines.
+
+        Names are printed in tables and messages, where a terminal obeys what is in them.
+        """
+        if not isinstance(value, str):
+            found = "bytes that are no text"
+        elif _CONTROL.search(value) if prose else not value.isprintable():
+            found = "characters that cannot be printed"
+        else:
+            return value
+        raise self._error(f"{what} '{short(value)}'", found, "printable text in UTF-8", "rename it and save again")
 
     def _check_inputs(self, graph: onnx.GraphProto) -> None:
         stored = {i.name for i in graph.initializer} | {s.values.name for s in graph.sparse_initializer}
@@ -292,14 +301,12 @@ class Order:
     def _reads(self, node: onnx.NodeProto, scopes: tuple[Set[str], ...], position: int, depth: int) -> list[str]:
         """Examine a node and the graphs in it; return the names that both read."""
         culprit = describe(node, position)
-        for text, of in (
-            (node.name, "name"),
-            (node.op_type, "operator"),
-            (node.domain, "domain"),
-            (node.doc_string, "description"),
-            *((text, "metadata") for entry in node.metadata_props for text in (entry.key, entry.value)),
-        ):
+        for text, of in ((node.name, "name"), (node.op_type, "operator"), (node.domain, "domain")):
             self._text(text, f"the {of} of {culprit}")
+        self._text(node.doc_string, f"the description of {culprit}", prose=True)
+        for entry in node.metadata_props:
+            for text in (entry.key, entry.value):
+                self._text(text, f"the metadata of {culprit}", prose=True)
         if node.domain == _ALIAS:
             node.domain = DOMAIN
         self._check_domain(node, culprit)

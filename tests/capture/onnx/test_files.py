@@ -364,7 +364,19 @@ GRAPHS: dict[str, tuple[Callable[[onnx.ModelProto], object], tuple[str, ...]]] =
         ("cycle of nodes: node 'linear' (MatMul) <- node 'relu' (Relu) <- node 'linear' (MatMul)",),
     ),
     "own output": (lambda m: _set_input(m, 1, 0, "z"), ("cycle of nodes: node 'relu' (Relu) <- node 'relu' (Relu)",)),
-    "nul in a name": (lambda m: _set(m.graph.node[0], name="a\0b"), ("'a\\x00b'", "bytes that are no text")),
+    "nul in a name": (lambda m: _set(m.graph.node[0], name="a\0b"), ("'a\\x00b'", "cannot be printed")),
+    "escapes in a name": (
+        lambda m: _set(m.graph.node[0], name="a\x1b[31mb"),
+        ("'a\\x1b[31mb'", "cannot be printed", "rename it"),
+    ),
+    "escapes in metadata": (
+        lambda m: m.graph.node[0].metadata_props.add(key="k", value="one\n\x1b[31m"),
+        ("metadata of node 'linear'", "cannot be printed"),
+    ),
+    "two lines in a weight's name": (
+        lambda m: _set(m.graph.initializer[0], name="a\nb"),
+        ("an initializer", "'a\\nb'", "cannot be printed"),
+    ),
     "no operator": (lambda m: m.graph.node[0].ClearField("op_type"), ("node 'linear'", "no operator")),
     "unknown operator": (lambda m: _set(m.graph.node[0], op_type="MatMull"), ("MatMull",)),
     "custom operator": (
