@@ -14,6 +14,7 @@ from graphopt.passes.canonicalize import (
     SimplifySlices,
     SplitParallel,
 )
+from graphopt.passes.fuse import FuseActivations
 from graphopt.passes.merge import FoldBatchNorm, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
@@ -24,6 +25,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FoldScale",
+    "FuseActivations",
     "MergeBranches",
     "MergeConsecutive",
     "MergeDuplicates",

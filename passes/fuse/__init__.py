@@ -1,0 +1,5 @@
+"""Hold the passes that make one operator of several that spell it out, as runtimes want them."""
+
+from graphopt.passes.fuse.fuse_activations import FuseActivations
+
+__all__ = ["FuseActivations"]
