@@ -14,7 +14,7 @@ from graphopt.passes.canonicalize import (
     SimplifySlices,
     SplitParallel,
 )
-from graphopt.passes.fuse import FuseActivations
+from graphopt.passes.fuse import FuseActivations, FuseNormalizations
 from graphopt.passes.merge import FoldBatchNorm, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
@@ -26,6 +26,7 @@ __all__ = [
     "FoldConstants",
     "FoldScale",
     "FuseActivations",
+    "FuseNormalizations",
     "MergeBranches",
     "MergeConsecutive",
     "MergeDuplicates",

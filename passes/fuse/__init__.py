@@ -1,5 +1,6 @@
 """Hold the passes that make one operator of several that spell it out, as runtimes want them."""
 
 from graphopt.passes.fuse.fuse_activations import FuseActivations
+from graphopt.passes.fuse.fuse_normalizations import FuseNormalizations
 
-__all__ = ["FuseActivations"]
+__all__ = ["FuseActivations", "FuseNormalizations"]
