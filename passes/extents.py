@@ -109,6 +109,7 @@ class Extents:
 
     def __init__(self) -> None:
         self._known: dict[tuple[fx.Node, int], Extent] = {}
+        self._swept = False
 
     def __call__(self, value: fx.Node, dim: int) -> Extent:
         """Return the size of a dimension of a tensor."""
@@ -119,11 +120,19 @@ class Extents:
         if not spec.dynamic[dim]:
             return spec.shape[dim]
         key = (value, dim)
+        if not self._swept:
+            self._sweep(value.graph)
         if key not in self._known:
             self._known[key] = key  # what asks for itself on the way
             found = self._follow(value, dim)
             self._known[key] = key if found is None else found
         return self._known[key]
+
+    def _sweep(self, graph: fx.Graph) -> None:
+        """Go over all values in order, so that each finds those before it known, however long the graph is."""
+        self._swept = True
+        for node in graph.nodes:
+            self.shape(node)
 
     def shape(self, value: fx.Node) -> tuple[Extent, ...]:
         """Return the sizes of all dimensions."""

@@ -72,6 +72,7 @@ def _transposes(graph: Graph) -> list[fx.Node]:
 def _sweep_joined(graph: Graph, context: Context, allows: Callable[[str], bool]) -> int:
     """Join transposes that follow each other, and take out what joins dimensions around one; return how many."""
     done = 0
+    extents = Extents()
     for node in _transposes(graph):
         inner, outer = order_of(node.args[0]), order_of(node)
         if inner is not None and outer is not None and allows(node.name):
@@ -79,7 +80,7 @@ def _sweep_joined(graph: Graph, context: Context, allows: Callable[[str], bool])
             replace(node, x if is_plain(order) else _transposed(graph, x, order, node))  # type: ignore[arg-type]
             context.applied(node.name, f"is joined with {node.args[0].name}")  # type: ignore[union-attr]
             done += 1
-        elif (what := _ungroup(graph, node, allows)) is not None:
+        elif (what := _ungroup(graph, node, extents, allows)) is not None:
             context.applied(node.name, what)
             done += 1
     return done
@@ -316,7 +317,7 @@ def _transposed(graph: Graph, value: fx.Node, order: Order, before: fx.Node) -> 
 # -- transposes between reshapes --
 
 
-def _ungroup(graph: Graph, node: fx.Node, allows: Callable[[str], bool]) -> str | None:
+def _ungroup(graph: Graph, node: fx.Node, extents: Extents, allows: Callable[[str], bool]) -> str | None:
     """``Reshape(Transpose(Reshape(x)))`` with joined dimensions needs no joining: they move one after the other."""
     joined, order = node.args[0], order_of(node)
     if order is None or not is_call(joined, "Reshape", "Flatten") or not only_reader(joined, node):  # type: ignore[arg-type]
@@ -325,7 +326,6 @@ def _ungroup(graph: Graph, node: fx.Node, allows: Callable[[str], bool]) -> str 
     x = joined.args[0]  # type: ignore[union-attr]
     if len(users) != 1 or not is_call(users[0], "Reshape", "Flatten"):
         return None
-    extents = Extents()
     groups = _groups(extents.shape(x), extents.shape(joined))  # type: ignore[arg-type]
     last, spec = users[0], tensor_type(users[0])
     if groups is None or spec is None or sum(spec.dynamic) > 1 or 0 in spec.shape or not allows(node.name):

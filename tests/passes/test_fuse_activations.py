@@ -23,11 +23,11 @@ def number(value: float) -> Any:
     return np.float32(value)
 
 
-def inside(body: str, opset: int = 20, raise_opset: bool = False, **constants: Any) -> Trial:
+def inside(body: str, opset: int = 20, raise_opset: bool = False, swish: bool = False, **constants: Any) -> Trial:
     """Run the pass on what turns ``a`` into ``b``, between two products."""
     weights = {"first": (8, 8), "last": (8, 8), **constants}
     text = f"a = MatMul(x, first) {body} y = MatMul(b, last)"
-    return trial(FuseActivations(raise_opset), HEAD, text, weights, opset=opset)
+    return trial(FuseActivations(raise_opset, swish), HEAD, text, weights, opset=opset)
 
 
 def sound(done: Trial, least: float = 1e-6) -> None:
@@ -51,7 +51,7 @@ NUMBERS = {
 
 def test_text() -> None:
     done = trial(
-        FuseActivations(),
+        FuseActivations(swish=True),
         "(float[N,8] x) => (float[N,8] y, float[N,8] z)",
         f"a = MatMul(x, first) {TANH} s = Sigmoid(b) y = Mul(b, s) z = MatMul(b, last)",
         {"first": (8, 8), "last": (8, 8), **NUMBERS},
@@ -61,6 +61,8 @@ def test_text() -> None:
     assert [(site.name, site.reason) for site in done.skipped] == [
         ("Mul_4", "2 calls make Swish, which is there from opset 24 on (raise_opset)")
     ]
+    refused = try_pass(FuseActivations(), done.after).skipped
+    assert [(site.name, site.reason) for site in refused] == [("Mul_4", "2 calls make Swish, which is slower (swish)")]
     sound(done)
 
 
@@ -142,7 +144,7 @@ def test_a_bound_on_the_result_stays() -> None:
 
 
 def test_a_newer_operator_is_taken_where_that_is_asked_for() -> None:
-    done = inside("c = Sigmoid(a) b = Mul(a, c)", opset=13, raise_opset=True)
+    done = inside("c = Sigmoid(a) b = Mul(a, c)", opset=13, raise_opset=True, swish=True)
     assert calls(done.after) == ["MatMul", "Swish", "MatMul"]
     assert (facts_of(done.after).opset, facts_of(done.before).opset) == (24, 13)
     sound(done)
@@ -198,7 +200,7 @@ def test_preserves(steps: list[tuple[str, int]]) -> None:
         step.format(a=f"v{i}", b=f"v{i + 1}", c=f"v{min(other, i)}") for i, (step, other) in enumerate(steps)
     )
     done = trial(
-        FuseActivations(raise_opset=True),
+        FuseActivations(raise_opset=True, swish=True),
         HEAD,
         f"{body} y = Tanh(v{len(steps)})",
         {"w": (8, 8), "o": number(1), "h": number(0.5), "z": number(0), "s": number(6)},
