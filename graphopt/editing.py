@@ -21,7 +21,8 @@ import torch
 from torch import fx, nn
 
 from graphopt.aliases import roots, written
-from graphopt.graph import OWNER, SPEC, Graph, Source, Spec, TensorSpec, find_attribute, set_tensor, spec_of
+from graphopt.dialects.onnx.operators import Op
+from graphopt.graph import OWNER, SPEC, Call, Graph, Source, Spec, TensorSpec, find_attribute, set_tensor, spec_of
 
 __all__ = [
     "Removed",
@@ -38,6 +39,11 @@ __all__ = [
     "replace",
     "replace_tensor",
 ]
+
+RANDOM: Final = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
+"""Operators of ONNX that draw random numbers, whatever their arguments."""
 
 _SAME: Final[Any] = object()
 """Stands for "the type of the node it is like"."""
@@ -113,7 +119,15 @@ def readers(graph: Graph, name: str) -> list[fx.Node]:
 
 def is_random(node: fx.Node) -> bool:
     """Say whether the call draws random numbers."""
+    if isinstance(node.target, Op):
+        return _draws(node, node.target)
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def _draws(node: fx.Node, target: Op) -> bool:
+    if target.key == "Dropout":
+        return Call(node)["training_mode"] not in (None, False, 0)
+    return target.key in RANDOM
 
 
 def has_effect(node: fx.Node) -> bool:

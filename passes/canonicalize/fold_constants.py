@@ -14,8 +14,12 @@ import torch
 from torch import fx, nn
 
 from graphopt.aliases import family, roots, source, written
+from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.operators import Op
 from graphopt.editing import add_tensor, find_tensor, is_random, read, remove_dead
-from graphopt.graph import MODE, Graph, Spec, TensorSpec, spec_of
+from graphopt.graph import MODE, Graph, Source, Sources, Spec, TensorSpec, spec_of
+from graphopt.passes.onnx_calls import is_call
+from graphopt.passes.shapes import is_reshape, permutation
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
 from graphopt.report.wording import plural
 
@@ -26,6 +30,23 @@ GROWTH_LIMIT: Final = 1 << 22
 
 SMALL: Final = 1 << 16
 """Bytes up to which a tensor may be stored twice."""
+
+QUANTIZING: Final = frozenset(
+    {
+        "DequantizeLinear",
+        "DynamicQuantizeLinear",
+        "QuantizeLinear",
+        "com.microsoft.DequantizeLinear",
+        "com.microsoft.QuantizeLinear",
+    }
+)
+"""Operators of ONNX that say how weights are held, and by which runtimes know quantized layers."""
+
+REPEATING: Final = ("ConstantOfShape", "Expand", "EyeLike", "OneHot", "Range", "Tile")
+"""Operators of ONNX whose results hold more numbers than they are made of."""
+
+POINTWISE: Final = ("Add", "Cast", "Div", "Identity", "Mul", "Neg", "Sub")
+"""Operators of ONNX that leave every entry at its place, or spread an operand along dimensions of size one."""
 
 
 @register
@@ -41,7 +62,13 @@ class FoldConstants(Pass):
     statistics); a value of more than 4 MiB beyond what it is computed from (an expansion); a mere rearrangement of a
     large tensor that is read elsewhere, too; results that would have to be read as numbers.
 
-    A tensor made of parameters stands for no tensor of the input model any more: fold those after pruning.
+    A tensor made of parameters stands for what they stand for as far as its dimensions are theirs, whole: permuted,
+    reshaped, cast, scaled. What is made in other ways stands for no tensor of the input model any more: fold that after
+    pruning.
+
+    In an ONNX file, where the result of an operation on weights is a weight itself, it stays a parameter. What is
+    written quantized stays so, and what repeats numbers, or holds them in a wider type, stays computed where the file
+    would grow by more than 64 KiB.
 
     Args:
         trainable: count parameters as inputs, and fold only what follows from buffers and sizes.
@@ -120,7 +147,10 @@ class Folding:
     def _is_pure(self, node: fx.Node) -> bool:
         if node.target is operator.getitem:
             return True
-        if not isinstance(node.target, torch._ops.OpOverload) or is_random(node) or _holds_dynamic(spec_of(node)):
+        is_known = isinstance(node.target, torch._ops.OpOverload) or (
+            isinstance(node.target, Op) and node.target.key not in QUANTIZING
+        )
+        if not is_known or is_random(node) or _holds_dynamic(spec_of(node)):
             return False
         return not (self.trainable and MODE in node.meta)
 
@@ -166,15 +196,24 @@ class Folding:
         if not isinstance(spec, TensorSpec):
             return ""
         leaves, moved = _origin(node)
-        sizes = {leaf.target: _bytes(spec_of(leaf)) for leaf in leaves}
+        sizes = {leaf.target: _bytes(spec_of(leaf)) for leaf in leaves if not self._stays(leaf, constant)}
         size, given = _bytes(spec), sum(sizes.values())
-        if size > given + GROWTH_LIMIT:
-            return f"{size} bytes would be stored in place of the {given} that they are computed from"
         elsewhere = [user for leaf in leaves for user in leaf.users if user not in constant]
         if moved and elsewhere and size > SMALL:
             (leaf,) = leaves
             return f"{size} bytes of {leaf.target}, which {elsewhere[0].name} reads, too, would be stored twice"
+        if size > given + self._limit(node, moved):
+            return f"{size} bytes would be stored in place of the {given} that they are computed from"
         return None
+
+    def _stays(self, leaf: fx.Node, constant: set[fx.Node]) -> bool:
+        """Say whether a tensor is written into a file whatever becomes of it here: something else reads it."""
+        return is_onnx(self.graph) and any(user not in constant for user in leaf.users)
+
+    def _limit(self, node: fx.Node, moved: bool) -> int:
+        """Return the bytes by which a value may exceed what it is computed from."""
+        repeats = any(is_call(each, *REPEATING) for each in _behind(node))
+        return SMALL if is_onnx(self.graph) and (moved or repeats) else GROWTH_LIMIT
 
     # -- the edit --
 
@@ -184,7 +223,11 @@ class Folding:
         stem = f"{names[0]}_{node.name}" if moved and names else f"folded_{node.name}"
         persistent = any(name in self._state for name in names)
         own = value.clone(memory_format=torch.contiguous_format)
-        name = add_tensor(self.graph, stem, own, persistent=persistent, sources={})
+        if is_onnx(self.graph) and own.is_floating_point() and own.numel() > 1:
+            parts = [self.graph.tensor(name) for name in names]
+            if any(isinstance(part, nn.Parameter) for part in parts):
+                own = nn.Parameter(own, requires_grad=any(part.requires_grad for part in parts))
+        name = add_tensor(self.graph, stem, own, persistent=persistent, sources=traced(self.graph, node))
         new = read(self.graph, name, node)
         calls = sum(each.op == "call_function" for each in _behind(node))
         what = f"{plural(math.prod(own.shape), 'entry', 'entries')} in place of {plural(calls, 'call')}"
@@ -240,7 +283,48 @@ def _origin(node: fx.Node) -> tuple[set[fx.Node], bool]:
     """Return the tensors that a value is computed from, and whether it is one of them, rearranged."""
     behind = _behind(node)
     leaves = {each for each in behind if each.op == "get_attr"}
-    return leaves, len(leaves) == 1 and all(each in leaves or source(each) is not None for each in behind)
+    return leaves, len(leaves) == 1 and all(
+        each in leaves or source(each) is not None or is_call(each, "Transpose", "Cast") for each in behind
+    )
+
+
+def traced(graph: Graph, node: fx.Node) -> Sources:
+    """Return what the dimensions of a computed tensor stand for, where they are whole dimensions of stored ones."""
+    spec = spec_of(node)
+    if not isinstance(spec, TensorSpec):
+        return {}
+    if node.op == "get_attr":
+        return {dim: graph.stands_for(str(node.target), dim) for dim in range(len(spec.shape))}
+    order = permutation(node)
+    if order is not None:
+        known = traced(graph, node.args[0])  # type: ignore[arg-type]
+        return {dim: known[old] for dim, old in enumerate(order) if old in known}
+    if is_reshape(node):
+        return _reshaped(graph, node.args[0], spec)
+    if not is_call(node, *POINTWISE):
+        return {}
+    found: dict[int, tuple[Source, ...]] = {}
+    for each in node.args:
+        own = spec_of(each) if isinstance(each, fx.Node) else None
+        if isinstance(own, TensorSpec):
+            for dim, sources in traced(graph, each).items():  # type: ignore[arg-type]
+                place = dim + len(spec.shape) - len(own.shape)
+                if own.shape[dim] == spec.shape[place]:
+                    found[place] = (*found.get(place, ()), *sources)
+    return found
+
+
+def _reshaped(graph: Graph, x: Any, spec: TensorSpec) -> Sources:
+    own = spec_of(x)
+    if not isinstance(own, TensorSpec):
+        return {}
+    known, found = traced(graph, x), {}
+    for dim, size in enumerate(spec.shape):
+        inner = math.prod(spec.shape[dim + 1 :])
+        for old, sources in known.items():
+            if size > 1 and own.shape[old] == size and math.prod(own.shape[old + 1 :]) == inner:
+                found[dim] = sources
+    return found
 
 
 def _evaluate(graph: Graph, constant: set[fx.Node], wanted: list[fx.Node]) -> dict[fx.Node, torch.Tensor]:
@@ -260,9 +344,16 @@ def _evaluate(graph: Graph, constant: set[fx.Node], wanted: list[fx.Node]) -> di
                 values[node] = graph.tensor(str(node.target)).detach()
                 continue
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            try:
+                values[node] = node.target(*args, **kwargs)
+            except (NotImplementedError, RuntimeError):
+                if not isinstance(node.target, Op):
+                    raise
+                # A type that this machine does not compute in: its runtime may.
+                kept -= {each for each in kept if node in _behind(each)}
+                return _evaluate(graph, constant, [each for each in wanted if each in kept])
             for each in node.all_input_nodes:
                 uses[each] -= 1
                 if not uses[each] and each not in kept:
                     del values[each]
-    return {node: values[node] for node in wanted}
+    return {node: values[node] for node in wanted if isinstance(values[node], torch.Tensor)}

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 from torch import fx, nn
@@ -14,9 +14,13 @@ from torch import fx, nn
 from graphopt.aliases import roots, written
 from graphopt.axes.infer import atoms_of
 from graphopt.dialects import infer
+from graphopt.dialects.onnx.facts import is_onnx
 from graphopt.editing import has_effect, is_random, remove_dead, replace
 from graphopt.graph import MODE, Graph, get_attribute, set_tensor, spec_of
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
+
+LEAST_BYTES: Final = 1 << 12
+"""Bytes beyond which a weight of an ONNX file is looked at."""
 
 
 @register
@@ -32,6 +36,12 @@ class MergeDuplicates(Pass):
     those that are equal now may learn to differ; buffers that a call or training may change; and tables and calls
     without arguments that belong to different coupling groups, which could then only be pruned together.
 
+    Weights of an ONNX file are merged where they are matrices of more than 4 KiB, for a file holds them once then.
+    Vectors are not: they would save nothing, and one that several layers share can take up nothing from them.
+
+    Args:
+        trainable: leave the parameters of ONNX files alone as well.
+
     Source: Cocke 1970, "Global common subexpression elimination".
     """
 
@@ -39,8 +49,10 @@ class MergeDuplicates(Pass):
     preserves: ClassVar[Preserves] = Preserves.EXACT
     needs_values: ClassVar[bool] = False
 
+    trainable: bool = False
+
     def run(self, graph: Graph, context: Context) -> PassResult:
-        merging = _Merging(graph, context)
+        merging = _Merging(graph, context, weights=is_onnx(graph) and not self.trainable)
         merging.tables()
         merging.calls()
         remove_dead(graph)
@@ -49,8 +61,9 @@ class MergeDuplicates(Pass):
 
 
 class _Merging:
-    def __init__(self, graph: Graph, context: Context) -> None:
+    def __init__(self, graph: Graph, context: Context, *, weights: bool) -> None:
         self.graph = graph
+        self.weights = weights
         self.context = context
         self.root_of = roots(graph.nodes)
         spoiled = {self.root_of[target] for node in graph.nodes for target in written(node)}
@@ -83,7 +96,9 @@ class _Merging:
 
     def _is_table(self, node: fx.Node) -> bool:
         tensor = get_attribute(self.graph.module, str(node.target))
-        if not isinstance(tensor, torch.Tensor) or isinstance(tensor, nn.Parameter) or node in self.written:
+        if not isinstance(tensor, torch.Tensor) or node in self.written:
+            return False
+        if isinstance(tensor, nn.Parameter) and not (self.weights and _is_matrix(tensor)):
             return False
         if tensor.is_meta:  # nothing to compare
             return False
@@ -145,6 +160,10 @@ class _Merging:
         return not changed
 
 
+def _is_matrix(tensor: torch.Tensor) -> bool:
+    return tensor.dim() > 1 and tensor.numel() * tensor.element_size() > LEAST_BYTES
+
+
 def _contents(tensor: torch.Tensor) -> Hashable:
     """Return what equal tensors have in common, at the price of one pass over the entries."""
     flat = tensor.detach().reshape(-1)
@@ -164,6 +183,8 @@ def _frozen(value: Any) -> Hashable:
         return tuple(map(_frozen, value))
     if isinstance(value, dict):
         return frozenset((key, _frozen(each)) for key, each in value.items())
+    if isinstance(value, torch.Tensor):  # an attribute
+        return ("tensor", value.dtype, tuple(value.shape), str(value.tolist()))
     if isinstance(value, slice):
         return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
     # 1, 1.0 and True are equal, and different arguments.

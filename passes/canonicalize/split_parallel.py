@@ -15,21 +15,32 @@ import torch
 from torch import fx
 
 from graphopt.axes.algebra import Indices
+from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.operators import Op
+from graphopt.dialects.products import operator_key
 from graphopt.editing import add_tensor, copied, insert, read, remove_dead, replace
 from graphopt.graph import SPEC, Call, Graph, Sources, TensorSpec, spec_of, tensor_spec
-from graphopt.passes.affine import Affine, made_of, read_affine, unavailable
+from graphopt.passes.affine import Affine, made_of, read_affine, repeat_layer, unavailable
+from graphopt.passes.onnx_calls import is_call, order_of
 from graphopt.pipeline import Context, Pass, PassResult, Preserves, register
 from graphopt.report.wording import listing
 
 aten = torch.ops.aten
 
-RESHAPES: Final = {aten.reshape.default: "shape", aten.view.default: "size", aten._unsafe_view.default: "size"}
-ORDERS: Final = frozenset({aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default})
-COPIES: Final = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default})
-SECTIONS: Final = frozenset(
-    {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.unbind.int}
+RESHAPES: Final[dict[Any, str]] = {
+    aten.reshape.default: "shape",
+    aten.view.default: "size",
+    aten._unsafe_view.default: "size",
+    "Reshape": "shape",
+}
+ORDERS: Final = frozenset(
+    {aten.permute.default, aten.transpose.int, aten.swapaxes.default, aten.swapdims.default, "Transpose"}
 )
-WINDOWS: Final = frozenset({aten.slice.Tensor, aten.narrow.default, aten.select.int})
+COPIES: Final = frozenset({aten.contiguous.default, aten.clone.default, aten.alias.default, "Identity"})
+SECTIONS: Final = frozenset(
+    {aten.chunk.default, aten.split.Tensor, aten.split.sizes, aten.split_with_sizes.default, aten.unbind.int, "Split"}
+)
+WINDOWS: Final = frozenset({aten.slice.Tensor, aten.narrow.default, aten.select.int, "Slice", "Gather"})
 
 
 class Refusal(Exception):  # noqa: N818  # no error: it ends the reading of a site, and its text is the reason
@@ -123,7 +134,7 @@ class SplitParallel(Pass):
             if affine is None or not _is_cut(node) or not context.allows(node.name):
                 continue
             try:
-                packed = _read(affine)
+                packed = _read(graph, affine)
                 if len(packed.parts) < 2:
                     raise Refusal(f"only one part of it is taken ({packed.parts[0].node.name})")
                 biases = _biases(graph, packed)
@@ -144,16 +155,24 @@ class SplitParallel(Pass):
 
 def _is_cut(node: fx.Node) -> bool:
     """Say whether views lead from a node to a cut of its features; what else reads it is looked at later."""
-    return any(
-        user.target in SECTIONS or user.target in WINDOWS or (_is_view(user) and _is_cut(user)) for user in node.users
-    )
+    return any(_cuts(user, node) or (_is_view(user) and _is_cut(user)) for user in node.users)
+
+
+def _cuts(node: fx.Node, value: fx.Node) -> bool:
+    """Say whether a call takes parts of ``value``; a Gather by data, or from a table, takes none."""
+    if operator_key(node) == "Gather":
+        indices = Call(node)["indices"]
+        known = isinstance(indices, fx.Node) and indices.op == "get_attr" and prod(tensor_spec(indices).shape) == 1
+        return known and Call(node)["data"] is value
+    return operator_key(node) in SECTIONS or operator_key(node) in WINDOWS
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.target in RESHAPES or node.target in ORDERS or node.target in COPIES
+    key = operator_key(node)
+    return (key in RESHAPES and isinstance(Call(node)[RESHAPES[key]], list | tuple)) or key in ORDERS or key in COPIES
 
 
-def _read(affine: Affine) -> Packed:
+def _read(graph: Graph, affine: Affine) -> Packed:
     """Follow the views of a map's result to where it is cut."""
     if affine.groups != 1:
         raise Refusal(f"its {affine.groups} groups tie rows to parts of the input")
@@ -171,11 +190,36 @@ def _read(affine: Affine) -> Packed:
         layout = _seen_through(node, layout)
         views.append(node)
         layouts.append(layout)
-    cut, drops, parts = _cut(node, layout)
+    cut, drops, parts = _cut(graph, node, layout)
     places = [_place(view, each, cut) for view, each in zip([affine.node, *views], layouts, strict=True)]
     if drops and layouts[0][feature] == (cut,):
         raise Refusal(f"{node.name} takes its features one by one")
-    return Packed(affine, tuple(views), tuple(layouts), tuple(places), cut, drops, tuple(parts))
+    packed = Packed(affine, tuple(views), tuple(layouts), tuple(places), cut, drops, tuple(parts))
+    for position, view in enumerate(views, 1):
+        _check_copied(packed, position, view)
+    return packed
+
+
+def _check_copied(packed: Packed, position: int, view: fx.Node) -> None:
+    """Refuse a Reshape that copies, by a 0, a size that will stand at another place once a dimension is gone."""
+    if operator_key(view) != "Reshape":
+        return
+    gone = [each for each in (packed.dropped(position - 1), packed.dropped(position)) if each is not None]
+    for place, entry in enumerate(_entries(view)):
+        if gone and isinstance(entry, int) and entry == 0 and place >= min(gone):
+            raise Refusal(f"{view.name} copies the size of dimension {place}, which will be another one")
+
+
+def _entries(view: fx.Node) -> list[Any]:
+    """Return the sizes that a reshape is given; with those that an ONNX file copies, where they are fixed."""
+    entries = list(Call(view)[RESHAPES[operator_key(view)]])
+    if operator_key(view) != "Reshape" or Call(view)["allowzero"]:
+        return entries
+    spec = tensor_spec(view.args[0])
+    return [
+        spec.shape[place] if isinstance(entry, int) and entry == 0 and not spec.dynamic[place] else entry
+        for place, entry in enumerate(entries)
+    ]
 
 
 def _place(view: fx.Node, layout: Layout, cut: Digit) -> int:
@@ -187,7 +231,7 @@ def _place(view: fx.Node, layout: Layout, cut: Digit) -> int:
                 and each.stride <= cut.stride
                 and cut.stride * cut.size <= each.stride * each.size
             ):
-                entries = Call(view)[RESHAPES[view.target]] if view.target in RESHAPES else ()
+                entries = _entries(view) if operator_key(view) in RESHAPES else ()
                 if entries and not isinstance(entries[place], int):
                     raise Refusal(f"{view.name} computes the size of dimension {place} ({entries[place]})")
                 return place
@@ -195,9 +239,9 @@ def _place(view: fx.Node, layout: Layout, cut: Digit) -> int:
 
 
 def _seen_through(view: fx.Node, layout: Layout) -> Layout:
-    if view.target in RESHAPES:
+    if operator_key(view) in RESHAPES:
         return _reshaped(view, layout)
-    if view.target in ORDERS:
+    if operator_key(view) in ORDERS:
         return tuple(layout[dim] for dim in _order(view, len(layout)))
     return layout
 
@@ -205,6 +249,8 @@ def _seen_through(view: fx.Node, layout: Layout) -> Layout:
 def _order(node: fx.Node, rank: int) -> list[int]:
     """Return the dimensions of the argument in the order in which the result has them."""
     call = Call(node)
+    if is_call(node, "Transpose"):
+        return list(order_of(node) or ())
     if node.target is aten.permute.default:
         return [dim % rank for dim in call["dims"]]
     names = ("dim0", "dim1") if call.has("dim0") else ("axis0", "axis1")
@@ -257,21 +303,21 @@ def _joined(row: Sequence[Digit | int]) -> tuple[Digit | int, ...]:
     return tuple(found)
 
 
-def _cut(node: fx.Node, layout: Layout) -> tuple[Digit, bool, list[Part]]:
+def _cut(graph: Graph, node: fx.Node, layout: Layout) -> tuple[Digit, bool, list[Part]]:
     """Read how ``node`` is taken apart."""
-    cuts = [user for user in node.users if user.target in SECTIONS or user.target in WINDOWS]
+    cuts = [user for user in node.users if _cuts(user, node)]
     if len(cuts) < len(node.users):
         whole = [user.name for user in node.users if user not in cuts]
         raise Refusal(f"{node.name} is also read whole: by {listing(whole)}")
-    dims = {Call(each)["dim"] % len(layout) for each in cuts}
-    drops = {each.target in (aten.unbind.int, aten.select.int) for each in cuts}
+    dims = {_dim(each) % len(layout) for each in cuts}
+    drops = {_drops(each) for each in cuts}
     if len(dims) > 1 or len(drops) > 1:
         raise Refusal(f"{node.name} is cut in several ways: by {listing([each.name for each in cuts])}")
     row = layout[dims.pop()]
     digit = row[0] if len(row) == 1 else None
     if not isinstance(digit, Digit):
         raise Refusal(f"{node.name} is cut along a dimension that is not its features alone")
-    parts = [part for each in cuts for part in _parts(each, digit.size)]
+    parts = [part for each in cuts for part in _parts(graph, each, digit.size)]
     if any(part.start == part.stop for part in parts):
         raise Refusal(f"{node.name} has empty parts")
     parts.sort(key=lambda part: part.start)
@@ -281,9 +327,36 @@ def _cut(node: fx.Node, layout: Layout) -> tuple[Digit, bool, list[Part]]:
     return digit, drops.pop(), parts
 
 
-def _parts(cut: fx.Node, size: int) -> Iterator[Part]:
+def _dim(cut: fx.Node) -> int:
+    """Return the dimension along which a call cuts."""
     call = Call(cut)
-    if cut.target in SECTIONS:
+    if operator_key(cut) != "Slice":
+        return int(call["dim"] if call.has("dim") else call["axis"])
+    axes = call["axes"]
+    if not isinstance(call["starts"], list | tuple) or len(call["starts"]) != 1:
+        raise Refusal(f"{cut.name} cuts along several dimensions, or at places that depend on data")
+    return int(axes[0]) if axes else 0
+
+
+def _drops(cut: fx.Node) -> bool:
+    """Say whether the parts have lost the dimension along which they were cut."""
+    if operator_key(cut) == "Gather":
+        return not Call(cut).spec("indices").shape
+    return cut.target in (aten.unbind.int, aten.select.int)
+
+
+def _parts(graph: Graph, cut: fx.Node, size: int) -> Iterator[Part]:
+    call = Call(cut)
+    if is_call(cut, "Slice"):
+        step = 1 if call["steps"] is None else call["steps"][0]
+        if step != 1:
+            raise Refusal(f"{cut.name} takes every {step}th of its features")
+        start, stop = _bound(call["starts"][0], 0, size), _bound(call["ends"][0], size, size)
+        yield Part(cut, start, max(start, stop))
+    elif is_call(cut, "Gather"):
+        start = _bound(int(graph.tensor(str(call["indices"].target))), 0, size)
+        yield Part(cut, start, start + 1)
+    elif operator_key(cut) in SECTIONS:
         yield from _sections(cut, call)
     elif cut.target is aten.slice.Tensor:
         start, stop = (_bound(call[name], default, size) for name, default in (("start", 0), ("end", size)))
@@ -302,9 +375,7 @@ def _sections(cut: fx.Node, call: Call) -> Iterator[Part]:
     specs = spec_of(cut)
     assert isinstance(specs, tuple)
     sizes = [
-        1 if cut.target is aten.unbind.int else spec.shape[call["dim"]]
-        for spec in specs
-        if isinstance(spec, TensorSpec)
+        1 if cut.target is aten.unbind.int else spec.shape[_dim(cut)] for spec in specs if isinstance(spec, TensorSpec)
     ]
     stops = np.cumsum(sizes).tolist()
     for user in cut.users:
@@ -357,12 +428,11 @@ def _split(graph: Graph, packed: Packed, biases: Sequence[fx.Node | None]) -> No
     affine = packed.affine
     for number, (part, bias) in enumerate(zip(packed.parts, biases, strict=True)):
         rows = packed.features(part)
-        new = copied(graph, affine.node, affine.node)
-        call = Call(new)
-        call["weight"] = _rows(graph, affine.weight, rows, number, new)
-        if affine.bias is not None:
-            call["bias"] = bias or _rows(graph, affine.bias, rows, number, new)
-        new.meta[SPEC] = packed.spec(0, part)
+        first = affine.product
+        weight = _rows(graph, affine.weight, rows, number, first, affine.rows)
+        if affine.bias is not None and bias is None:
+            bias = _rows(graph, affine.bias, rows, number, first, affine.bias_dim)
+        new = repeat_layer(graph, affine, first, weight, bias, packed.spec(0, part))
         for position, view in enumerate(packed.views, 1):
             new = _repeated(graph, packed, position, view, part, new)
         replace(part.node, new)
@@ -372,32 +442,40 @@ def _repeated(graph: Graph, packed: Packed, position: int, view: fx.Node, part: 
     """Repeat a view of the packed result on one part; a view that has nothing left to do is left out."""
     dropped = packed.dropped(position - 1)
     spec = packed.spec(position, part)
-    if view.target in ORDERS and dropped is not None:
+    key = operator_key(view)
+    if key in ORDERS and dropped is not None:
         order = [dim - (dim > dropped) for dim in _order(view, len(packed.layouts[position])) if dim != dropped]
         if order == sorted(order):
             return argument
+        if isinstance(view.target, Op):
+            return insert(graph, view, view.target, (argument,), {"perm": order}, like=view, spec=spec)
         return insert(graph, view, aten.permute.default, (argument, order), like=view, spec=spec)
-    if view.target in RESHAPES and spec == spec_of(argument):
+    if key in RESHAPES and spec == spec_of(argument):
         return argument
     new = copied(graph, view, view)
     new.update_arg(0, argument)
     new.meta[SPEC] = spec
-    if view.target in RESHAPES:
-        entries = list(Call(view)[RESHAPES[view.target]])
+    if key in RESHAPES:
+        entries = _entries(view)
         place = packed.places[position]
         if packed.dropped(position) is not None:
             del entries[place]
         elif entries[place] != -1:
             entries[place] = spec.shape[place]
-        Call(new)[RESHAPES[view.target]] = entries
+        Call(new)[RESHAPES[key]] = entries
     return new
 
 
-def _rows(graph: Graph, tensor: fx.Node, rows: Indices, number: int, before: fx.Node) -> fx.Node:
-    """Make a tensor of some rows of another, and return a node that reads it."""
+def _rows(graph: Graph, tensor: fx.Node, rows: Indices, number: int, before: fx.Node, dim: int) -> fx.Node:
+    """Make a tensor of some rows of another, along ``dim``, and return a node that reads it.
+
+    One number for all rows is one for some of them.
+    """
     name = str(tensor.target)
     whole = graph.tensor(name)
-    value = made_of([whole], whole.detach().index_select(0, torch.from_numpy(rows).to(whole.device)))
-    sources: Sources = {dim: graph.stands_for(name, dim) for dim in range(whole.dim())}
-    sources[0] = tuple(source.at(rows) for source in sources[0])
+    if whole.numel() == 1 and isinstance(tensor.meta[SPEC], TensorSpec) and is_onnx(graph):
+        return tensor
+    value = made_of([whole], whole.detach().index_select(dim, torch.from_numpy(rows).to(whole.device)))
+    sources: Sources = {each: graph.stands_for(name, each) for each in range(whole.dim())}
+    sources[dim] = tuple(source.at(rows) for source in sources[dim])
     return read(graph, add_tensor(graph, f"{name}_{number}", value, sources=sources), before)
