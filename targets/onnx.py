@@ -128,15 +128,19 @@ def runner(graph: Graph, translated: Translated | Written, path: Path) -> Callab
     """Load a model into ONNX Runtime; the function returned runs it on a call's inputs and returns its outputs."""
     import onnxruntime
 
+    failures = onnxruntime.capi.onnxruntime_pybind11_state
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what fails is raised
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+    except failures.NotImplemented as error:
         raise _NoKernelError(str(error)) from error
-
-    failures = onnxruntime.capi.onnxruntime_pybind11_state
+    except (failures.Fail, failures.InvalidArgument, failures.InvalidGraph, failures.RuntimeException) as error:
+        raise LoweringError(
+            f"ONNX Runtime does not load the ONNX model: {' '.join(str(error).split())}. Nothing was written: if the "
+            "model that you gave is one of ONNX, see whether that one loads; otherwise please report it"
+        ) from error
 
     def run(inputs: programs.Inputs) -> list[Any]:
         flat = flatten_inputs(graph.module, *inputs)

@@ -239,3 +239,11 @@ def test_two_gigabytes_are_read_and_written_without_a_copy_in_memory(tmp_path: P
     read, written, compared, most = map(int, done.stdout.split()[-4:])
     assert (tmp_path / "out" / "model.onnx.data").stat().st_size > 2_200_000_000
     assert max(read, written, compared, most) < 1 << 28, (read, written, compared, most)
+
+
+def test_an_output_without_a_shape_is_written_with_one(tmp_path: Path) -> None:
+    given = _model()
+    given.graph.output[0].type.tensor_type.ClearField("shape")
+    graphopt.optimize(given, target="onnx", output=tmp_path)
+    (output,) = onnx.load(tmp_path / "model.onnx").graph.output
+    assert [dim.dim_value for dim in output.type.tensor_type.shape.dim] == [0, 32]

@@ -28,7 +28,7 @@ from graphopt.dialects.onnx.types import ONNX_TYPE, TORCH_TYPE, Filling
 from graphopt.errors import CaptureError, UnsupportedOperatorError
 from graphopt.graph import OWNER, SPEC, TensorSpec, TraceModule, set_tensor
 
-__all__ = ["Builder", "Found", "Stored"]
+__all__ = ["FAILURES", "Builder", "Found", "Stored"]
 
 ONNX: Final = "onnx"
 """Key in ``node.meta`` of what the file calls a node and its results: ``(name, (result, …))``."""
@@ -234,8 +234,14 @@ class Builder:
 
     def _add_constant(self, node: Any) -> None:
         name = node.outputs[0].name
-        ((kind, value),) = node.attrs.items()
-        if kind in ("value", "sparse_value"):
+        kind, value = next(iter(node.attrs.items()), ("", None))
+        held = kind in ("value", "sparse_value")
+        if len(node.attrs) != 1 or not kind.startswith(("value", "sparse_value")) or held != _is_tensor(value):
+            raise CaptureError(
+                f"node {node.name!r} (Constant) must have one value, of the type that its attribute says; found "
+                f"{sorted(node.attrs)}: the file is broken; export it again"
+            )
+        if held:
             stored = self._stored(value)
             self.values[name] = self._constant(Stored(name, stored.shape, stored.dtype, stored.load))
             return
@@ -366,7 +372,7 @@ class Builder:
             if not _is_small_result(target, operands, given):
                 return None
             found = target(*args, **given)
-        except _FAILURES:
+        except FAILURES:
             return None  # as a node, it is refused where its types are told
         results = list(found) if isinstance(found, list | tuple) else [found]
         if all(isinstance(r, torch.Tensor) and _is_small(tuple(r.shape), r.dtype) for r in results):
@@ -466,7 +472,7 @@ class Builder:
             raise UnsupportedOperatorError(
                 f"node {node.name!r} ({target}): the shape of its result is not known without its values ({error})"
             ) from error
-        except _FAILURES as error:
+        except FAILURES as error:
             shapes = [list(v.probe if probe else v.shape) for v in operands.values() if isinstance(v, Found)]
             raise MisfitError(
                 f"node {node.name!r} ({target}) does not take operands of shape {shapes}: "
@@ -532,7 +538,7 @@ class _Once:
 LARGEST_VALUE: Final = 1 << 33
 """Most entries that a value may have for the example inputs: what claims more is a mistake, or made to do harm."""
 
-_FAILURES: Final = (
+FAILURES: Final = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
 )
 """What an operator may raise that is given operands or attributes that it does not take."""

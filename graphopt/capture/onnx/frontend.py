@@ -12,7 +12,7 @@ from torch.fx.graph import _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.onnx import inputs as examples
-from graphopt.capture.onnx.build import ONNX, Builder, MisfitError, Stored
+from graphopt.capture.onnx.build import FAILURES, ONNX, Builder, MisfitError, Stored
 from graphopt.capture.onnx.files import OnnxFile, load
 from graphopt.capture.onnx.inputs import Input
 from graphopt.dialects.onnx.facts import Facts
@@ -147,12 +147,22 @@ class _Reader:
             builder.input(each.name, tensor, shape, () if probes is None else each.varying)
         try:
             for node in self.model.nodes:
-                builder.add(node)
+                self._add(builder, node)
             outputs = tuple(builder.value(each).node for each in self.model.outputs)
         except (CaptureError, UnsupportedOperatorError) as error:
             raise type(error)(f"{self.where}: {error}") from error
         builder.graph.output(outputs)
         return builder
+
+    def _add(self, builder: Builder, node: Any) -> None:
+        try:
+            builder.add(node)
+        except FAILURES as error:
+            found = " ".join(f"{type(error).__name__}: {error}".split())
+            raise CaptureError(
+                f"node {node.name!r} ({node.op}) cannot be read ({found}): its attributes or operands are not those of "
+                "the operator; export the model again, or report it if it runs elsewhere"
+            ) from error
 
     def _stored(self, constant: Any) -> Stored:
         lazy = constant._values

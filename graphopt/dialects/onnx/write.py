@@ -194,10 +194,11 @@ class _Writer:
         value.shape = self._dims(declared, spec)
         return value
 
-    def _dims(self, declared: Any, spec: TensorSpec) -> list[Any] | None:
-        if declared.dims is None or len(declared.dims) != len(spec.shape):
-            return None
-        dims = zip(declared.dims, spec.shape, spec.dynamic, strict=True)
+    def _dims(self, declared: Any, spec: TensorSpec) -> list[Any]:
+        names = declared.dims
+        if names is None or len(names) != len(spec.shape):  # the checker of onnx wants a shape of every output
+            names = (None,) * len(spec.shape)
+        dims = zip(names, spec.shape, spec.dynamic, strict=True)
         return [name if varies and isinstance(name, str) else "" if varies else n for name, n, varies in dims]
 
     # -- tensors --

@@ -12,9 +12,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+import graphopt
 from graphopt.capture import capture
 from graphopt.dialects.onnx.write import write
-from graphopt.errors import GraphOptError
+from graphopt.errors import CaptureError, GraphOptError
 
 from .files import model, value, weight
 
@@ -204,3 +205,29 @@ def test_odd_names_of_inputs_are_taken() -> None:
     graph = capture(_case(*nodes, inputs=[value(name, (2, 4)) for name in names]))
     given = [torch.full((2, 4), float(i)) for i in range(len(names))]
     assert torch.equal(graph.module(*given), torch.full((2, 4), float(sum(range(len(names))))))
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_constant_has_one_value(count: int) -> None:
+    values: dict[str, Any] = {"value_int": 1, "value_float": 2.0}
+    constant = node("Constant", [], ["c"], name="culprit", **dict(list(values.items())[:count]))
+    with pytest.raises(CaptureError, match=r"node 'culprit' \(Constant\) must have one value"):
+        capture(_case(constant, node("Relu", ["x"], ["z"])))
+
+
+def test_a_constant_of_another_type_than_it_says_is_refused() -> None:
+    constant = node("Constant", [], ["c"], name="culprit", value=_array("", [1]))
+    constant.attribute[0].name = "value_ints"
+    with pytest.raises(GraphOptError, match="culprit"):
+        capture(_case(constant, node("Relu", ["x"], ["z"])))
+
+
+def test_what_onnx_runtime_does_not_load_is_an_error_and_not_written(tmp_path: Path) -> None:
+    given = _case(
+        node("Conv", ["x", "w"], ["z"], name="culprit", kernel_shape=[3, 7]),
+        inputs=[value("x", ("n", 3, 8, 8))],
+        weights=[weight("w", (4, 3, 3, 3))],
+    )
+    with pytest.raises(GraphOptError, match=r"culprit|kernel_shape"):
+        graphopt.optimize(given, target="onnx", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
