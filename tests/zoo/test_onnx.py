@@ -27,6 +27,7 @@ from tests.zoo import ZOO, quiet
 from tests.zoo.exactness import measure
 from tests.zoo.onnx_coverage import COVERAGE, file_coverage
 from tests.zoo.onnx_files import EXPORTERS, REFUSED, Exporter, ExportError, exported, feeds
+from tests.zoo.onnx_names import Origin, origins, signatures
 
 pytestmark = pytest.mark.zoo
 
@@ -129,3 +130,50 @@ def test_half_the_multiply_adds_are_removed_and_the_rest_runs_in_onnx_runtime(na
     expected, found = run_model(before, inputs), run_model(result.onnx.SerializeToString(), inputs)
     assert [a.shape for a in found] == [a.shape for a in expected]
     assert path.read_bytes() == before
+
+
+SAME = ("bert", "qwen2", "llama_gqa", "gpt2", "opt", "t5", "clip", "detr", "vit_tiny_patch16_224", "resnet50")
+"""Models whose files the dynamo exporter writes with the module's tensors, renamed or transposed at most."""
+
+SAME_WEIGHTS = ("bert", "qwen2", "gpt2", "opt", "clip", "vit_tiny_patch16_224")
+"""Those of them with the module's values, too, so that scores, and what is kept, are the same."""
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_file_has_the_groups_of_its_module(name: str) -> None:
+    with quiet():
+        of_module = infer(capture(ZOO[name].build(), ZOO[name].inputs()))
+    of_file = infer(captured(name, "dynamo")[1])
+    tensors = of_module.graph.tensors()
+    known = origins(of_file.graph.tensors(), tensors)
+    kept = {each.name for each in known.values()}
+    own = {key: Origin(key, tuple(range(tensor.dim()))) for key, tensor in tensors.items() if key in kept}
+    expected, found = signatures(of_module, own), signatures(of_file, known)
+    assert len(found) == len(of_file.groups) == len(of_module.groups)
+    assert set(found.values()) == set(expected.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAME_WEIGHTS)
+def test_a_file_is_pruned_as_its_module(name: str) -> None:
+    module, (path, graph) = ZOO[name].build(), captured(name, "dynamo")
+    target, budget = OnnxTarget(channel_multiple=1, check=False), graphopt.Budget(flops=0.5)
+    with quiet():
+        program = capture(module, ZOO[name].inputs())
+        plans = [
+            graphopt.optimize(model, target=target, budget=budget, pipeline="prune-channels", verify="off").plan
+            for model in (program, path)
+        ]
+    known = origins(graph.tensors(), dict(module.state_dict()))
+    there = {each.name for each in known.values()}  # under one of its names, if it is shared, and not what was folded
+    expected = {
+        (key, dim): kept.tolist() for key, dims in plans[0].keep.items() if key in there for dim, kept in dims.items()
+    }
+    found = {
+        (known[key].name, known[key].dims[dim]): kept.tolist()
+        for key, dims in plans[1].keep.items()
+        if key in known
+        for dim, kept in dims.items()
+    }
+    assert found
+    assert found == expected
