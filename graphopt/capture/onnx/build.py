@@ -404,7 +404,9 @@ class Builder:
         call = self.graph.create_node(
             "call_function", target, tuple(args), shown, name=_identifier(node.name or target.name)
         )
-        call.meta.update({ONNX: (node.name, tuple(names)), OWNER: owner_of(node, self._metadata.get(names[0], {}))})
+        weights = [v.stored.name for v in operands.values() if isinstance(v, Found) and v.stored is not None]
+        owner = owner_of(node, self._metadata.get(names[0], {}), weights)
+        call.meta.update({ONNX: (node.name, tuple(names)), OWNER: owner})
         several = len(names) > 1 or target.key == "Split"
         call.meta[SPEC] = tuple(r.spec for r in results) if several else results[0].spec
         for index, result in enumerate(results):
@@ -728,11 +730,11 @@ def _attribute_of(module: nn.Module, path: str) -> torch.Tensor:
     return found if found is not None else module._buffers[last]  # type: ignore[return-value]
 
 
-def owner_of(node: Any, metadata: Mapping[str, str]) -> str:
+def owner_of(node: Any, metadata: Mapping[str, str], weights: Sequence[str] = ()) -> str:
     """Return the module of the original that called an operator, as far as the exporter wrote it down.
 
     torch's exporters do: as metadata of the node, or in its name, ``/layer1/layer1.0/conv1/Conv``. Of other files, the
-    node's own name serves.
+    names of the tensors it reads may tell, and else the node's own name serves.
     """
     scopes = metadata.get("pkg.torch.onnx.name_scopes")
     if scopes:
@@ -750,4 +752,4 @@ def owner_of(node: Any, metadata: Mapping[str, str]) -> str:
         for part in parts:  # "blocks" and then "blocks.0" are one step
             names = [*names[:-1], part] if names and part.startswith(f"{names[-1]}.") else [*names, part]
         return ".".join(names)
-    return str(node.name)
+    return next((name.rpartition(".")[0] for name in weights if "." in name), str(node.name))
