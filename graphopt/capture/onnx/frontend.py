@@ -12,6 +12,7 @@ from torch.fx.graph import _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.onnx import inputs as examples
+from graphopt.capture.onnx.apart import take_apart
 from graphopt.capture.onnx.build import FAILURES, ONNX, Builder, MisfitError, Stored
 from graphopt.capture.onnx.files import OnnxFile, load
 from graphopt.capture.onnx.inputs import Input
@@ -191,7 +192,9 @@ class _Reader:
         inputs: tuple[tuple[Any, ...], dict[str, Any]] = (tuple(tensors), {})
         facts = Facts.of(self.file.model, builder.names)
         module.meta.update({"example_inputs": inputs, "notes": list(notes), "training": False, ONNX: facts})
-        return Graph(module, inputs, {}, notes)
+        graph = Graph(module, inputs, {}, notes)
+        take_apart(graph)
+        return graph
 
 
 def _remove_unread(builder: Builder) -> None:
