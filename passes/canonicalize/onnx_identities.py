@@ -195,7 +195,37 @@ def _where(call: Call, facts: Facts) -> Same | Kept | None:
     if isinstance(chosen, fx.Node) and same_type(call.node, chosen):
         return Same(chosen, "chooses the same everywhere")
     if is_call(condition, "IsNaN") and condition.args[0] is y and is_call(y, "Softmax"):  # type: ignore[union-attr]
-        return Kept(f"{y.name} is not a number where a row is masked entirely, and that is for the inputs to say")  # type: ignore[union-attr]
+        unknown = _may_be_infinite(y.args[0], facts)  # type: ignore[union-attr]
+        if unknown is None and same_type(call.node, y):
+            return Same(y, "a softmax of finite numbers is a number", through=condition)  # type: ignore[arg-type]
+        return Kept(f"a row that {unknown} masks entirely is not a number after {y.name}")  # type: ignore[union-attr]
+    return None
+
+
+_WEIGHTED: Final = ("Conv", "Einsum", "Gemm", "LayerNormalization", "MatMul", "RMSNormalization")
+"""Operators whose results are finite where a model works at all; a mask is none of them."""
+_PASSING: Final = ("Cast", "Expand", "Identity", "Mul", "Reshape", "Slice", "Squeeze", "Sub", "Transpose", "Unsqueeze")
+MOST: Final = 32
+"""How many calls are followed back to where a value comes from."""
+
+
+def _may_be_infinite(value: Any, facts: Facts) -> str | None:
+    """Return the name of what may give infinite entries to a sum of scores and masks; None where nothing does."""
+    waiting, seen = [value], set()
+    while waiting:
+        each = waiting.pop()
+        if each in seen or is_call(each, *_WEIGHTED):
+            continue
+        seen.add(each)
+        known = facts.constant(each)
+        if known is not None and bool(known.isfinite().all()):
+            continue
+        if is_call(each, "Where") and len(seen) < MOST:
+            waiting += each.args[1:3]
+        elif is_call(each, "Add", "Div", *_PASSING) and len(seen) < MOST:
+            waiting += [each.args[0], *(each.args[1:2] if is_call(each, "Add", "Div", "Mul", "Sub") else ())]
+        else:
+            return str(getattr(each, "name", each))
     return None
 
 

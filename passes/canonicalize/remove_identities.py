@@ -38,6 +38,10 @@ class RemoveIdentities(Pass):
     Chains of reshapes keep the last shape, chains of permutations become one. Then go the calls that nothing needs any
     more, and the tensors that only those read; a tensor that the graph never read stays with the caller's state.
 
+    Of operators of ONNX, also: bounds within bounds, expansions that broadcasting does by itself, and the replacement
+    of what is not a number after a softmax of scores and masks that are finite (of scores that are not, the results
+    differ: zeros before, not numbers after).
+
     Outputs are the same numbers, except where a matrix product sums in another order because its operand lies
     otherwise in memory. A call stays where a write in place, or a caller that writes into a result, could tell.
 

@@ -46,7 +46,8 @@ def test_text() -> None:
         e = Transpose<perm = [0, 2, 1]>(d)
         f = Transpose<perm = [0, 2, 1]>(e)
         m = MatMul(f, middle)
-        p = Softmax(m)
+        r = Add(m, x)
+        p = Softmax(r)
         nan = IsNaN(p)
         g = Where(nan, zero, p)
         h = Mul(g, one)
@@ -69,7 +70,7 @@ def test_text() -> None:
         ("Expand_0", "expands to the shape it has"),
     ]
     assert [(site.name, site.reason) for site in done.skipped] == [
-        ("Where_0", "Softmax_0 is not a number where a row is masked entirely, and that is for the inputs to say")
+        ("Where_0", "a row that x masks entirely is not a number after Softmax_0")
     ]
     sound(done)
 
@@ -186,6 +187,25 @@ def test_an_order_that_moves_no_entries_is_a_reshape() -> None:
     )
     assert calls(done.after) == ["Reshape", "MatMul"]
     sound(done)
+
+
+MASKED = "s = Where(c, z, v) m = Add(a, s) p = Softmax(m) n = IsNaN(p) b = Where(n, z, p)"
+
+
+@pytest.mark.parametrize("value", [-3.4e38, -np.inf])
+def test_a_softmax_of_finite_numbers_is_a_number(value: float) -> None:
+    done = trial(
+        RemoveIdentities(),
+        "(float[N,3,8] x, bool[N,1,8] c) => (float[N,3,8] y)",
+        f"a = MatMul(x, first) {MASKED} y = MatMul(b, last)",
+        {"first": (8, 8), "last": (8, 8), "z": np.float32(0), "v": np.float32(value)},
+    )
+    if np.isfinite(value):
+        assert calls(done.after) == ["MatMul", "Where", "Add", "Softmax", "MatMul"]
+        sound(done)
+    else:
+        assert done.unchanged
+        assert [site.reason for site in done.skipped] == ["a row that v masks entirely is not a number after Softmax_0"]
 
 
 def test_operands_need_not_be_as_large_as_the_result() -> None:
