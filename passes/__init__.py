@@ -15,7 +15,7 @@ from graphopt.passes.canonicalize import (
     SplitParallel,
 )
 from graphopt.passes.fuse import FuseActivations, FuseNormalizations
-from graphopt.passes.merge import FoldBatchNorm, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
+from graphopt.passes.merge import FoldBatchNorm, FoldNumbers, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
 
@@ -24,6 +24,7 @@ __all__ = [
     "FineTune",
     "FoldBatchNorm",
     "FoldConstants",
+    "FoldNumbers",
     "FoldScale",
     "FuseActivations",
     "FuseNormalizations",

@@ -29,6 +29,7 @@ FINISH: Final = (
     "simplify-slices",
     "remove-identities",
     "fold-batch-norm",
+    "fold-numbers",
     "fold-scale",
     "merge-branches",
     "merge-consecutive",
