@@ -196,7 +196,7 @@ def _where(call: Call, facts: Facts) -> Same | Kept | None:
         return Same(chosen, "chooses the same everywhere")
     if is_call(condition, "IsNaN") and condition.args[0] is y and is_call(y, "Softmax"):  # type: ignore[union-attr]
         unknown = _may_be_infinite(y.args[0], facts)  # type: ignore[union-attr]
-        if unknown is None and same_type(call.node, y):
+        if unknown is None and isinstance(y, fx.Node) and same_type(call.node, y):
             return Same(y, "a softmax of finite numbers is a number", through=condition)  # type: ignore[arg-type]
         return Kept(f"a row that {unknown} masks entirely is not a number after {y.name}")  # type: ignore[union-attr]
     return None

@@ -108,20 +108,22 @@ class FoldNumbers(Pass):
     def _join(self, graph: Graph, context: Context, allows: Callable[[str], bool]) -> None:
         """Of numbers that scale both factors of a matrix product, leave one."""
         for node in [n for n in graph.nodes if is_call(n, "MatMul")]:
-            found = [self._number(graph, each) for each in node.args[:2]]  # type: ignore[arg-type]
-            if found[0] is None or found[1] is None or node.args[0] is node.args[1]:
-                continue
             first, second = node.args[:2]
-            if not only_reader(first, node) or not only_reader(second, node) or not allows(second.name):  # type: ignore[arg-type, union-attr]
+            if not isinstance(first, fx.Node) or not isinstance(second, fx.Node) or first is second:
                 continue
-            (a, factor), (b, other) = found
+            one, two = self._number(graph, first), self._number(graph, second)
+            if one is None or two is None or not only_reader(first, node) or not only_reader(second, node):
+                continue
+            if not allows(second.name):
+                continue
+            (a, factor), (b, other) = one, two
             dtype = tensor_type(a).dtype  # type: ignore[union-attr]
             both = torch.tensor(factor * other, dtype=torch.float64).to(dtype)
             name = add_tensor(graph, f"{node.name}_scale", both)
             scaled = insert(graph, node, op("Mul"), (a, read(graph, name, node)), like=a)
             node.update_arg(0, scaled)
             node.update_arg(1, b)
-            context.applied(second.name, f"{other:g} with {factor:g} of {first.name}")  # type: ignore[union-attr]
+            context.applied(second.name, f"{other:g} with {factor:g} of {first.name}")
 
 
 @dataclass
@@ -262,13 +264,17 @@ class _Way:
 
     def apply(self) -> None:
         """Put scaled tensors in place."""
+        in_place: set[str] = set()
         for node, position, factors in self.scaled:
             old = node.args[position]
             name = str(old.target)  # type: ignore[union-attr]
+            if name in in_place:  # a call may read a tensor twice
+                continue
             self.names.append(name)
             value = self._value(name, factors)
             if len(readers(self.graph, name)) == 1 and len(self.graph.names(name)) == 1:
                 replace_tensor(self.graph, name, value)
+                in_place.add(name)
             else:
                 node.update_arg(position, read(self.graph, self._new(name, value), node))
 

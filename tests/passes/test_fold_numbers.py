@@ -68,7 +68,8 @@ DOES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "a layer with a bias": ("a = MatMul(x, w) b = Add(a, v) y = Mul(f, b)", {"v": (8,)}, ["MatMul", "Add"]),
     "a quotient": ("a = MatMul(x, w) y = Div(a, f)", {}, ["MatMul"]),
     "a table": (
-        "a = Relu(x) b = Neg(a) c = Mul(b, cos) d = Mul(sin, a) e = Add(c, d) k = Mul(e, f) g = MatMul(k, w) y = Relu(g)",
+        "a = Relu(x) b = Neg(a) c = Mul(b, cos) d = Mul(sin, a) e = Add(c, d) k = Mul(e, f) g = MatMul(k, w) "
+        "y = Relu(g)",
         {"cos": (3, 8), "sin": (3, 8)},
         ["Relu", "Neg", "Mul", "Mul", "Add", "MatMul", "Relu"],
     ),
