@@ -54,7 +54,10 @@ class Sheet:
         if alike and len(shape) == 1 and self.dice.random.random() < 0.3:
             return str(self.dice.among(alike))
         random = np.random.default_rng(self.dice.integer(0, 2**31))
-        return self.hold(random.standard_normal(shape))
+        values = random.standard_normal(shape)
+        if len(shape) > 1 and self.dice.random.random() < 0.4:  # outputs that are constant, inputs that nobody reads
+            values[(slice(None), 0) if self.dice.coin() else 0] = 0
+        return self.hold(values)
 
     def hold(self, values: Any) -> str:
         """Add a tensor and return its name."""

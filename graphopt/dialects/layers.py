@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.dialects.products import Pairs, Product, operator_key, product_of
-from graphopt.graph import Call, Graph, TensorSpec, spec_of, tensor_spec
+from graphopt.graph import Call, Graph, Source, TensorSpec, spec_of, tensor_spec
 
 __all__ = [
     "LAYERS",
@@ -199,6 +199,12 @@ class Affine:
             return None
         value = graph.tensor(str(self.bias.target)).detach().double().reshape(-1)
         return value.expand(self.out_channels) * self.bias_scale
+
+    def bias_sources(self, graph: Graph) -> tuple[Source, ...]:
+        """Return what the entries of the bias stand for in the input model; one number for all stands for nothing."""
+        if self.bias is None or prod(tensor_spec(self.bias).shape) != self.out_channels:
+            return ()
+        return graph.stands_for(str(self.bias.target), self.bias_dim) if tensor_spec(self.bias).shape else ()
 
     @property
     def bias_dim(self) -> int:

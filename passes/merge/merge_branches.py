@@ -152,11 +152,12 @@ class _Branch:
     weights: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     params: int = 0
+    affine: Affine | None = None
 
     @property
     def macs(self) -> int:
         """Multiply-adds; what is no convolution has none."""
-        return self.geometry.macs(tensor_spec(self.term)) if read_affine(self.term) is not None else 0
+        return self.geometry.macs(tensor_spec(self.term)) if self.affine is not None else 0
 
     @property
     def places(self) -> tuple[Any, ...]:
@@ -289,7 +290,9 @@ class _Site:
             return affine.kernel_values(self.graph), affine.bias_values(self.graph)
 
         biases = () if affine.bias is None else (str(affine.bias.target),)
-        return _Branch(affine.node, affine.geometry, values, (str(affine.weight.target),), biases, affine.params)
+        return _Branch(
+            affine.node, affine.geometry, values, (str(affine.weight.target),), biases, affine.params, affine
+        )
 
     def _norm(self, norm: Norm, channels: int, rank: int) -> _Branch | str:
         """Read a batch norm of the input."""
@@ -346,7 +349,7 @@ class _Site:
         weights = [name for branch in branches for name in branch.weights]
         biases = [name for branch in branches for name in branch.biases]
         stem = _stem(weights, len(weights) < len(branches))
-        maps = [affine for affine in map(read_affine, (b.term for b in branches)) if affine is not None]
+        maps = [branch.affine for branch in branches if branch.affine is not None]
         sources: Sources = {operator.rows: self._rows(branches, maps)}
         if geometry.groups == 1:
             dense = [affine for affine in maps if affine.groups == 1]
@@ -369,8 +372,11 @@ class _Site:
         return tuple(each for name in names for each in self.graph.stands_for(name, dims.get(name, 0)))
 
     def _bias_sources(self, names: Sequence[str]) -> Sources:
-        ranks = {name: self.graph.tensor(name).dim() for name in names}
-        return {0: tuple(s for name in names if ranks[name] for s in self.graph.stands_for(name, ranks[name] - 1))}
+        """Return what the entries of vectors stand for, of one number for all nothing."""
+        tensors = {name: self.graph.tensor(name) for name in names}
+        most = max(tensor.numel() for tensor in tensors.values())
+        whole = [name for name, tensor in tensors.items() if tensor.dim() and tensor.numel() == most]
+        return {0: tuple(source for name in whole for source in self.graph.stands_for(name, tensors[name].dim() - 1))}
 
     def _add(self, stem: str, names: Sequence[str], value: Tensor, sources: Sources) -> str:
         parts = [self.graph.tensor(name) for name in names]

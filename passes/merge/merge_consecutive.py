@@ -203,6 +203,6 @@ def _bias(graph: Graph, first: Affine, second: Affine, two: Tensor) -> str | Non
         value = value + own
     sources = {0: graph.stands_for(str(second.weight.target), second.rows)}
     if second.bias is not None:
-        sources = {0: graph.stands_for(str(second.bias.target), second.bias_dim)}
+        sources = {0: second.bias_sources(graph)}
     stem = sibling(joint_name([str(first.weight.target), str(second.weight.target)]), "bias")
     return add_tensor(graph, stem, made_of([graph.tensor(name) for name in given], value), sources=sources)

@@ -6,7 +6,6 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from typing import Any, ClassVar, Final
 
 import torch
@@ -159,7 +158,7 @@ def _merge(graph: Graph, members: Sequence[Affine]) -> None:
     weight_node, bias_node = read(graph, weight, first.product), None
     if any(each.bias is not None for each in ordered):
         biases = [each.bias for each in ordered]
-        rows = [_bias_rows(graph, each) for each in ordered if each.bias is not None]
+        rows = [each.bias_sources(graph) for each in ordered if each.bias is not None]
         stem = _origin(graph, rows) or sibling(weight, "bias")
         bias = _joined(graph, stem, biases, ordered)
         bias_node = read(graph, bias, first.product)
@@ -218,13 +217,6 @@ def _origin(graph: Graph, rows: Sequence[tuple[Source, ...]]) -> str | None:
     return name if find_tensor(graph, name) is None else None
 
 
-def _bias_rows(graph: Graph, each: Affine) -> tuple[Source, ...]:
-    """Return what the entries of a bias stand for; one number for all stands for nothing."""
-    if each.bias is None or prod(tensor_spec(each.bias).shape) != each.shape[0]:
-        return ()
-    return graph.stands_for(str(each.bias.target), each.bias_dim)
-
-
 def _joined(graph: Graph, stem: str, nodes: Sequence[fx.Node | None], members: Sequence[Affine]) -> str:
     """Make a tensor of several, one after the other along the outputs, with zeros for those that are missing."""
     names = [None if node is None else str(node.target) for node in nodes]
@@ -242,7 +234,7 @@ def _joined(graph: Graph, stem: str, nodes: Sequence[fx.Node | None], members: S
             else graph.tensor(name).detach().reshape(-1).expand(each.shape[0])
             for each, name in zip(members, names, strict=True)
         ]
-        parts = [(each.shape[0], _bias_rows(graph, each)) for each in members]
+        parts = [(each.shape[0], each.bias_sources(graph)) for each in members]
     sources: Sources = {dim: merged_sources(parts)}
     if is_weight and given[0].dim() > 1:
         columns = members[0].columns

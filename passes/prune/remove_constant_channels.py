@@ -190,10 +190,11 @@ class _Search:
         """Return the indices that change no output, by group.
 
         What reads a channel may go itself, and leave the channel unread: indices are added until none more goes. Of
-        those, some may have to stay, for the count; what was unread but for them is then taken back.
+        those, some may have to stay, for the count; what was unread but for them is then taken back, and others may go
+        in its place.
         """
         gone: dict[Group, Mask] = {group: np.zeros(group.size, dtype=np.bool_) for group in groups}
-        for step in (self._grown, self._shrunk):
+        for step in (self._grown, self._shrunk, self._filled):
             before = -1
             while before != (before := sum(int(each.sum()) for each in gone.values())):
                 for group in gone:
@@ -205,10 +206,21 @@ class _Search:
 
     def _shrunk(self, group: Group, gone: Mapping[Group, Mask]) -> Mask:
         result: Mask = gone[group] & self._free_of_all(group, gone)
-        stay = max(group.size - int(result.sum()), group.least, 1)
-        stay = min(group.size, -(-stay // self.multiple) * self.multiple)
-        result[np.flatnonzero(result)[: int(result.sum()) - (group.size - stay)]] = False
+        most = self._most(group, int(result.sum()))
+        result[np.flatnonzero(result)[: int(result.sum()) - most]] = False
         return result
+
+    def _filled(self, group: Group, gone: Mapping[Group, Mask]) -> Mask:
+        result: Mask = gone[group].copy()
+        more = np.flatnonzero(self._free_of_all(group, gone) & ~result)
+        count = int(result.sum())
+        result[more[: max(self._most(group, count + len(more)) - count, 0)]] = True
+        return result
+
+    def _most(self, group: Group, wanted: int) -> int:
+        """Return how many of a group's indices may go at most, where ``wanted`` could."""
+        stay = max(group.size - wanted, group.least, 1)
+        return group.size - min(group.size, -(-stay // self.multiple) * self.multiple)
 
     def _free_of_all(self, group: Group, gone: Mapping[Group, Mask]) -> Mask:
         free: Mask = np.ones(group.size, dtype=np.bool_)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, note, settings
 
 from graphopt.capture import capture
+from graphopt.graph import Graph
 from graphopt.passes import (
     FoldBatchNorm,
     FoldConstants,
@@ -35,6 +36,15 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
+def check_sources(graph: Graph) -> None:
+    """Compare what each tensor stands for with its sizes, position by position: plans speak of the file's tensors."""
+    for name, tensor in graph.tensors().items():
+        for dim, size in enumerate(tensor.shape):
+            for source in graph.stands_for(name, dim):
+                assert len(source.positions) == size
+                assert source.positions.max(initial=-1) < source.shape[source.dim]
+
+
 @pytest.mark.parametrize("each", PASSES, ids=lambda each: str(each.name))
 @settings(max_examples=25)
 @given(onnx_models())
@@ -44,6 +54,7 @@ def test_each_pass_keeps_what_a_model_computes(each: Pass, model: onnx.ModelProt
     done = try_pass(each, graph)
     assert done.difference() < 1e-9
     assert done.again().unchanged
+    check_sources(done.after)
 
 
 @settings(max_examples=25)
@@ -55,5 +66,6 @@ def test_all_in_a_row_keep_what_a_model_computes(model: onnx.ModelProto) -> None
         done = try_pass(each, graph)
         assert done.difference() < 1e-9
         graph = done.after
+        check_sources(graph)
     assert len(graph.nodes) <= 2 * len(start.nodes)
     assert try_pass(FoldConstants(), graph).unchanged
