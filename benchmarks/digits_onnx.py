@@ -16,7 +16,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,15 +61,14 @@ def pipelines(way: str, keep: float) -> dict[str, graphopt.Pipeline]:
 
 
 def logits(result: Any, images: Tensor) -> Tensor:
-    """Return what the written file of a result computes: of a module its own, of an ONNX model ONNX Runtime's."""
-    path = result.artifacts.get("onnx")
-    if path is None:
+    """Return what a result computes: of an ONNX model what ONNX Runtime makes of it, of a module its own."""
+    if result.onnx is None:
         with torch.no_grad():
             found: Tensor = result.module(images)
         return found
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(result.onnx.SerializeToString(), providers=["CPUExecutionProvider"])
     (name,) = (each.name for each in session.get_inputs())
     return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
@@ -104,12 +102,10 @@ def pruned(
     model: Any, way: str, passes: graphopt.Pipeline, data: Digits, unlabelled: Sequence[Tensor]
 ) -> tuple[Tensor, float]:
     """Run passes; return the logits of the test images, and the share of multiply-adds that is left."""
-    with tempfile.TemporaryDirectory() as folder:
-        target: dict[str, Any] = {"target": "onnx", "output": folder} if way == "onnx" else {}
-        inputs = None if way == "onnx" else (data.test_images[:8],)
-        result = graphopt.optimize(model, inputs, pipeline=passes, calibration=unlabelled, verify="final", **target)
-        report = result.report
-        return logits(result, data.test_images), report.after.flops / report.before.flops
+    inputs = None if way == "onnx" else (data.test_images[:8],)
+    result = graphopt.optimize(model, inputs, pipeline=passes, calibration=unlabelled, verify="final")
+    report = result.report
+    return logits(result, data.test_images), report.after.flops / report.before.flops
 
 
 def right(found: Tensor, data: Digits) -> float:
