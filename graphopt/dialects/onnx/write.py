@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Written", "to_graphsurgeon", "to_proto", "write"]
 
+COMMON_IR_VERSION: Final = 10
+"""The version of the format that any runtime in use reads, and that has all types of tensors written here."""
+
 SYM_SIZE: Final = torch.ops.aten.sym_size.int
 
 _ARITHMETIC: Final[dict[Any, str]] = {
@@ -79,13 +82,25 @@ def write(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> Written
     facts = facts_of(graph)
     for key, value in facts.producer.items():
         setattr(skeleton, key, value)
-    skeleton.ir_version = facts.ir_version
+    skeleton.ir_version = _ir_version(facts.ir_version, skeleton)
     entries = {**facts.metadata, **(metadata or {})}
     for key in sorted(entries):
         skeleton.metadata_props.add(key=key, value=entries[key])
     inputs = {i: value.name for i, value in enumerate(facts.inputs)}
     outputs = {i: value.name for i, value in enumerate(facts.outputs)}
     return Written(skeleton, writer.weights, inputs, outputs, [])
+
+
+def _ir_version(declared: int, model: onnx.ModelProto) -> int:
+    """Return the version of the format to write: the file's, or a lower one where the operator sets allow it.
+
+    Programs that write ONNX declare the newest version that they know, which runtimes refuse that are a little older,
+    whatever is in the file.
+    """
+    import onnx.helper
+
+    needed = onnx.helper.find_min_ir_version_for(list(model.opset_import), ignore_unknown=True)
+    return min(declared, max(needed, COMMON_IR_VERSION))
 
 
 def to_proto(graph: Graph, *, metadata: Mapping[str, str] | None = None) -> onnx.ModelProto:

@@ -434,3 +434,13 @@ def test_a_tensor_among_the_attributes_is_written_as_one() -> None:
     graph = capture(model)
     assert_same(model, graph, torch.randn(3, 6))
     assert not any("value" in name for name in write(graph).weights)
+
+
+@pytest.mark.parametrize(("declared", "written"), [(9, 9), (10, 10), (onnx.IR_VERSION, 10)])
+def test_a_newer_format_than_is_needed_is_not_asked_for(declared: int, written: int) -> None:
+    """ONNX Runtime refuses what onnx declares by default, where it is the older of the two."""
+    model = parsed("out = Relu (x)", inputs="float[n, 6] x", outputs="float[n, 6] out", opset=18)
+    model.ir_version = declared
+    again = rebuilt(capture(model))
+    assert again.ir_version == written
+    run(again, torch.randn(2, 6))
