@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from graphopt.axes.algebra import Atom, Indices
+from graphopt.dialects.onnx.facts import ONNX
+from graphopt.graph import SPEC
 from graphopt.pipeline.base import PassResult, Removal
 from graphopt.report import Comparison
 from graphopt.rewrite import rewrite
@@ -211,11 +214,36 @@ def generic_parameters(graph: Graph) -> Iterator[list[str]]:
 
 
 def same(before: Graph, after: Graph) -> bool:
-    """Say whether two graphs hold the same operators and the very same tensors."""
+    """Say whether two graphs hold the same operators and the very same tensors, under the same names."""
     left, right = before.tensors(), after.tensors()
     if left.keys() != right.keys() or any(left[name] is not right[name] for name in left):
         return False
-    return before.text() == after.text()
+    if before.module.meta.get(ONNX) != after.module.meta.get(ONNX):
+        return False
+    nodes = zip_longest(before.nodes, after.nodes)
+    return all(a is not None and b is not None and _same_node(a, b) for a, b in nodes)
+
+
+def _same_node(a: fx.Node, b: fx.Node) -> bool:
+    return (
+        a.name == b.name
+        and a.op == b.op
+        and a.target == b.target
+        and a.meta.get(SPEC) == b.meta.get(SPEC)
+        and _same_value(a.args, b.args)
+        and _same_value(a.kwargs, b.kwargs)
+    )
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Compare arguments of two graphs: nodes by name, 1 and 1.0 and True as different."""
+    if isinstance(a, fx.Node):
+        return isinstance(b, fx.Node) and a.name == b.name
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(_same_value, a, b))
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_same_value(a[key], b[key]) for key in a)
+    return type(a) is type(b) and (a is b or repr(a) == repr(b))
 
 
 def _compared(subject: str, label: str, compare: Callable[..., Difference], *arguments: Any) -> Comparison | Failure:
