@@ -14,7 +14,7 @@ from graphopt.passes.canonicalize import (
     SimplifySlices,
     SplitParallel,
 )
-from graphopt.passes.fuse import FuseActivations, FuseNormalizations
+from graphopt.passes.fuse import FoldPad, FuseActivations, FuseNormalizations
 from graphopt.passes.merge import FoldBatchNorm, FoldNumbers, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
@@ -25,6 +25,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldConstants",
     "FoldNumbers",
+    "FoldPad",
     "FoldScale",
     "FuseActivations",
     "FuseNormalizations",

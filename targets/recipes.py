@@ -17,7 +17,7 @@ FREE: Final = ("remove-constant-channels", "split-parallel")
 """Before pruning, for deployment: channels that cost nothing to lose go first, and packed widths become free of each
 other. Both need what later passes take away: batch norms, and the parts of a packed result."""
 
-SPELLED_OUT: Final = ("simplify-slices", "fuse-activations", "fuse-normalizations")
+SPELLED_OUT: Final = ("simplify-slices", "fuse-activations", "fuse-normalizations", "fold-pad")
 """What exporters to ONNX spell out, as one call again: before anything is folded into its parts. Graphs of torch's
 operators have nothing of the kind, and the passes return at once."""
 
