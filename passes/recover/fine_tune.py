@@ -19,6 +19,9 @@ class FineTune(Pass):
     ``finetune`` of :func:`graphopt.optimize` is called with a copy of the model, an ``nn.Module`` in training mode that
     runs and trains like the original, and trains it in place. Its structure must stay as it is; what it returns is not
     looked at.
+
+    Batch norms of an ONNX model are those of inference: training moves their scale and shift, and leaves mean and
+    variance as the file has them. Dropout, which exporters leave out, is not there either.
     """
 
     name: ClassVar[str] = "fine-tune"
