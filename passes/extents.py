@@ -100,7 +100,9 @@ BINARY: Final = frozenset(
     }
 )
 """Operators that compute each entry from the same entries of several operands, which are broadcast."""
-_KEEPING: Final = frozenset({"LayerNormalization", "LogSoftmax", "RMSNormalization", "Softmax", "Trilu", "CumSum"})
+_KEEPING: Final = frozenset(
+    {"InstanceNormalization", "LayerNormalization", "LogSoftmax", "RMSNormalization", "Softmax", "Trilu", "CumSum"}
+)
 """Operators whose result has the shape of the first operand though entries meet."""
 
 
@@ -275,7 +277,7 @@ _RULES: Final[dict[str, Callable[[Extents, Call, int], Extent | None]]] = {
     "Transpose": Extents._transpose,
     "Unsqueeze": Extents._unsqueeze,
     **dict.fromkeys(
-        ("AveragePool", "BatchNormalization", "Conv", "GlobalAveragePool", "InstanceNormalization", "MaxPool"),
+        ("AveragePool", "BatchNormalization", "Conv", "GlobalAveragePool", "MaxPool"),
         Extents._batch,
     ),
     **dict.fromkeys(("ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"), Extents._reduced),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import floordiv, mul, sub
+from operator import add, floordiv, mul, neg, sub
 from typing import Any
 
 import torch
@@ -362,15 +362,31 @@ class Resizer:
         return [self.entry(call, o, a) for o, a in zip(old, axes, strict=True)]
 
     def _follow(self, old: fx.Node, axis: Axis) -> fx.Node:
-        """Compute the new size of a dynamic ``axis`` from its old one.
+        """Compute the new size of a dynamic ``axis`` from its old one, unless that one follows of itself.
 
         A product scales: what varies is one factor, what shrinks another. A concatenation loses positions from some of
         its parts, whatever the size of the others; where every part shrinks, what varies is a factor of all of them.
         """
-        axis, size = algebra.resolve(axis), self.size(axis)
+        axis, size, now = algebra.resolve(axis), self.size(axis), self._now(old)
+        if now == size:
+            return old
         if isinstance(axis, algebra.Concat) and not all(map(self.changed, axis.parts)):
-            return _computed(sub, old, axis.size - size)
-        return _computed(floordiv, _computed(mul, old, size), axis.size)
+            return _computed(sub, old, now - size)
+        return _computed(floordiv, _computed(mul, old, size), now)
+
+    def _now(self, entry: Any) -> int:
+        """Return what a computed size comes to on the example's sizes once tensors have shrunk, which it may read."""
+        if not isinstance(entry, fx.Node):
+            return int(entry)
+        if entry.target is torch.ops.aten.sym_size.int:
+            tensor, dim = entry.args
+            return self.size(self.axes(tensor)[dim])  # type: ignore[index]
+        if entry.target in _ARITHMETIC:
+            return int(entry.target(*map(self._now, entry.args)))  # type: ignore[operator]
+        return int(entry.meta[SPEC])
+
+
+_ARITHMETIC = frozenset({add, floordiv, mul, neg, sub})
 
 
 def _computed(function: Callable[[int, int], int], symbol: fx.Node, number: int) -> fx.Node:
