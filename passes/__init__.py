@@ -14,7 +14,7 @@ from graphopt.passes.canonicalize import (
     SimplifySlices,
     SplitParallel,
 )
-from graphopt.passes.fuse import FoldPad, FuseActivations, FuseNormalizations
+from graphopt.passes.fuse import FoldPad, FuseActivations, FuseAttention, FuseNormalizations
 from graphopt.passes.merge import FoldBatchNorm, FoldNumbers, FoldScale, MergeBranches, MergeConsecutive, MergeParallel
 from graphopt.passes.prune import PruneChannels, RemoveConstantChannels
 from graphopt.passes.recover import CompensateMean, FineTune, RidgeRefit
@@ -28,6 +28,7 @@ __all__ = [
     "FoldPad",
     "FoldScale",
     "FuseActivations",
+    "FuseAttention",
     "FuseNormalizations",
     "MergeBranches",
     "MergeConsecutive",

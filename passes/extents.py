@@ -242,7 +242,7 @@ class Extents:
         return self._broadcast((a, b), place)
 
     def _batch(self, call: Call, dim: int) -> Extent | None:
-        return self(call["X"], 0) if dim == 0 else None
+        return self(call.node.args[0], 0) if dim == 0 else None  # type: ignore[arg-type]
 
     def _reduced(self, call: Call, dim: int) -> Extent | None:
         x, axes = call["data"], call["axes"]

@@ -41,12 +41,12 @@ class FoldPad(Pass):
         for node in list(graph.nodes):
             if not is_call(node, "Conv", "AveragePool", "MaxPool") or not is_call(node.args[0], "Pad"):
                 continue
-            reason = _why_not(Call(node), Call(node.args[0]))  # type: ignore[arg-type]
+            reason = _why_not(Call(node), Call(node.args[0]))
             if reason is not None:
                 context.skipped(node.name, reason)
             elif context.allows(node.name):
                 _fold(graph, node)
-                context.applied(node.name, f"pads as {node.args[0].name} did")  # type: ignore[union-attr]
+                context.applied(node.name, f"pads as {node.args[0].name} did")
         remove_dead(graph)
         graph.module.recompile()
         return PassResult(graph)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from graphopt.passes import RemoveIdentities
 from graphopt.passes.canonicalize.onnx_identities import ONNX_RULES
+from graphopt.passes.extents import SYM_SIZE
 from graphopt.testing import Trial
 from tests.onnx_models import calls, trial
 
@@ -349,3 +350,16 @@ def test_preserves(steps: list[str]) -> None:
     assert done.difference() < 1e-12
     assert done.again().unchanged
     assert len(done.after.nodes) <= len(done.before.nodes)
+
+
+def test_sizes_pass_through_operators() -> None:
+    done = trial(
+        RemoveIdentities(),
+        "(float[N,3,6,6] x) => (float[N,27] y)",
+        "a = Conv(x, w) b = InstanceNormalization(a, g, h) c = MaxPool<kernel_shape = [2, 2]>(b) "
+        "d = BatchNormalization(c, g, h, h, g) e = Shape(d) f = Gather(e, i) j = Concat<axis = 0>(f, k) "
+        "y = Reshape(d, j)",
+        {"w": (3, 3, 3, 3), "g": (3,), "h": (3,), "i": [0], "k": [27]},
+    )
+    assert not any(node.target is SYM_SIZE for node in done.after.nodes)
+    assert done.again().unchanged
