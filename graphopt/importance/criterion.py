@@ -10,11 +10,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
+from graphopt.dialects.onnx.quantized import real_value
 from graphopt.importance.calibration import Loss
 
 if TYPE_CHECKING:
     from graphopt.axes.infer import Typing
-    from graphopt.graph import Graph
+    from graphopt.dialects.onnx.quantized import real_value
+from graphopt.graph import Graph
 
 __all__ = ["Criterion", "Parameters", "ScoreContext", "Scores"]
 
@@ -31,7 +33,8 @@ class ScoreContext:
         calibration: Batches of the model's inputs, or of `(inputs, labels)`; iterated anew by each criterion.
         loss: Makes a scalar of the model's outputs and the labels; cross entropy where it is not given.
         notes: What a criterion says of single groups, by name: where it had to score one otherwise than it scores.
-        parameters: The floating-point parameters that hold an index of some group, by name; buffers are no parameters.
+        parameters: The parameters that hold an index of some group, by name; buffers are no parameters. Those that are
+            stored as whole numbers are given as the real numbers for which they stand.
             Those that are not in memory are read from the graph's checkpoint at every access: ask for one at a time.
     """
 
@@ -44,7 +47,7 @@ class ScoreContext:
     def __post_init__(self) -> None:
         names = dict.fromkeys(place.tensor for group in self.typing.groups for place in group.places)
         tensors = {name: self.typing.graph.tensor(name) for name in names}
-        held = [n for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()]
+        held = [n for n, t in tensors.items() if isinstance(t, nn.Parameter)]
         object.__setattr__(self, "parameters", Parameters(self.typing.graph, held))
 
 
@@ -59,7 +62,8 @@ class Parameters(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        return self._graph.value(name)
+        tensor = self._graph.value(name)
+        return tensor if tensor.is_floating_point() else real_value(self._graph, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

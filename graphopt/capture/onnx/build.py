@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from graphopt.capture.onnx.sizes import LARGEST, Entries, Size, UndecidedError, evaluated, has_size
 from graphopt.dialects.onnx.operators import DOMAIN, NUMBERS, SIZES, Op, op
+from graphopt.dialects.onnx.quantized import WEIGHTS
 from graphopt.dialects.onnx.types import ONNX_TYPE, TORCH_TYPE, Filling
 from graphopt.errors import CaptureError, UnsupportedOperatorError
 from graphopt.graph import OWNER, SPEC, TensorSpec, TraceModule, set_tensor
@@ -42,6 +43,7 @@ FIXED_OPERANDS: Final[dict[str, tuple[str, ...]]] = {
     "Min": ("data_0",),
     "Where": ("condition",),
     "QuantizeLinear": ("y_scale", "y_zero_point"),
+    "DequantizeLinear": ("x_scale",),
     "Gather": ("indices",),
     "GridSample": ("grid",),
     "RotaryEmbedding": ("cos_cache", "sin_cache"),
@@ -121,6 +123,7 @@ class Builder:
         self._metadata = metadata
         self._known: dict[Any, tuple[Type, ...]] = {}
         self._last: fx.Node | None = None
+        self._whole_weights: set[str] = set()
         self._sizes: dict[tuple[fx.Node, int], Size] = {}
         self._parts: set[str] = set()
         self._taken: set[str] = set()
@@ -398,6 +401,7 @@ class Builder:
             for each in value if isinstance(value, list) else [value]:
                 if isinstance(each, Found) and each.stored is not None:
                     self.uses.setdefault(each.stored.name, []).append((target.key, name))
+        self._note_whole_weights(target, operands)
         args = [_argument(target, name, value, lambda v: v.node, self.graph) for name, value in operands.items()]
         while args and args[-1] is None:
             args.pop()
@@ -412,6 +416,16 @@ class Builder:
         for index, result in enumerate(results):
             result.make = self._part(call, index, result) if several else lambda: call
         return _Call(results)
+
+    def _note_whole_weights(self, target: Op, operands: Mapping[str, Any]) -> None:
+        """Note a tensor of whole numbers that acts as a weight, where the number 0 stands for zero."""
+        places = WEIGHTS.get(target.key)
+        weight = operands[places[0]] if places is not None else None
+        if places is None or weight.stored is None:
+            return
+        zero = operands.get(places[2])
+        if zero is None or (zero.entries is not None and all(entry == 0 for entry in zero.entries.flat)):
+            self._whole_weights.add(weight.stored.name)
 
     def _own_sizes(self, data: Found, shape: Found) -> Found:
         """Let a shape copy sizes from the value it is for, where they are the same as what it copies from elsewhere."""
@@ -503,7 +517,9 @@ class Builder:
             tensor = _attribute_of(self.module, path)
             uses = self.uses.get(self.names.get(path, path), [])
             fixed = any(name in FIXED_OPERANDS.get(key, ()) for key, name in uses)
-            if tensor.is_floating_point() and tensor.numel() > 1 and uses and not fixed:
+            if self.names.get(path, path) in self._whole_weights:
+                set_tensor(self.module, path, nn.Parameter(tensor, requires_grad=False))
+            elif tensor.is_floating_point() and tensor.numel() > 1 and uses and not fixed:
                 trained = tensor.dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
                 set_tensor(self.module, path, nn.Parameter(tensor, requires_grad=trained))
 
