@@ -199,7 +199,7 @@ class Folding:
         sizes = {leaf.target: _bytes(spec_of(leaf)) for leaf in leaves if not self._stays(leaf, constant)}
         size, given = _bytes(spec), sum(sizes.values())
         elsewhere = [user for leaf in leaves for user in leaf.users if user not in constant]
-        if moved and elsewhere and size > SMALL:
+        if moved and elsewhere and (size > SMALL or any(map(self._is_weight, leaves))):
             (leaf,) = leaves
             return f"{size} bytes of {leaf.target}, which {elsewhere[0].name} reads, too, would be stored twice"
         if size > given + self._limit(node, moved):
@@ -209,6 +209,11 @@ class Folding:
     def _stays(self, leaf: fx.Node, constant: set[fx.Node]) -> bool:
         """Say whether a tensor is written into a file whatever becomes of it here: something else reads it."""
         return is_onnx(self.graph) and any(user not in constant for user in leaf.users)
+
+    def _is_weight(self, leaf: fx.Node) -> bool:
+        """Say whether a tensor of a file is a weight that its readers share, and learn together."""
+        tensor = find_tensor(self.graph, str(leaf.target))
+        return is_onnx(self.graph) and isinstance(tensor, nn.Parameter) and tensor.dim() > 1
 
     def _limit(self, node: fx.Node, moved: bool) -> int:
         """Return the bytes by which a value may exceed what it is computed from."""

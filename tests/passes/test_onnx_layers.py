@@ -396,3 +396,12 @@ def test_a_large_weight_in_a_narrow_type_is_not_widened() -> None:
     assert [site.reason for site in done.skipped] == [
         "262144 bytes would be stored in place of the 65536 that they are computed from"
     ]
+
+
+def test_a_weight_that_is_tied_is_not_stored_twice() -> None:
+    body = "e = Gather(w, x) t = Transpose<perm = [1, 0]>(w) y = MatMul(e, t)"
+    done = trial(FoldConstants(), "(int64[N,5] x) => (double[N,5,7] y)", body, {"w": (7, 6)})
+    assert done.unchanged
+    assert [site.reason for site in done.skipped] == [
+        "336 bytes of w, which Gather_0 reads, too, would be stored twice"
+    ]
