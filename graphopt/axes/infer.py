@@ -382,7 +382,7 @@ class Resizer:
             tensor, dim = entry.args
             return self.size(self.axes(tensor)[dim])  # type: ignore[index]
         if entry.target in _ARITHMETIC:
-            return int(entry.target(*map(self._now, entry.args)))  # type: ignore[operator]
+            return int(entry.target(*map(self._now, entry.args)))
         return int(entry.meta[SPEC])
 
 

@@ -421,7 +421,7 @@ class Builder:
         """Note a tensor of whole numbers that acts as a weight, where the number 0 stands for zero."""
         places = WEIGHTS.get(target.key)
         weight = operands[places[0]] if places is not None else None
-        if places is None or weight.stored is None:
+        if places is None or weight is None or weight.stored is None:
             return
         zero = operands.get(places[2])
         if zero is None or (zero.entries is not None and all(entry == 0 for entry in zero.entries.flat)):

@@ -1,4 +1,4 @@
-"""Check that weights stored as whole numbers are pruned like others: scored by what they stand for, with their scales."""
+"""Check that weights stored as whole numbers are scored by what they stand for, and pruned with their scales."""
 
 from typing import Any
 
