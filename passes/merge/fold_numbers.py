@@ -50,6 +50,9 @@ class FoldNumbers(Pass):
     and values are parts of one projection, only the columns are scaled that reach the product. Of two numbers that
     scale both factors of a matrix product, (a q) (b k) = (a b q) k; then one is left to be folded.
 
+    Where that way is barred, the number goes ahead into the weights of the layers that read the product, if none but
+    layers do: W (c x) + b = (c W) x + b.
+
     The tensors are new; of a table that several products share, each scaled one is made once. Exact up to rounding;
     computed in float64.
 
@@ -77,6 +80,8 @@ class FoldNumbers(Pass):
             value, factor = found
             way = _Way(graph, node, factor, made)
             reason = way.follow(value)
+            if reason is not None and (ahead := _ahead(graph, node)) is not None:
+                way, reason = _Way(graph, node, factor, made, scaled=[(layer, 1, None) for layer in ahead]), None
             if reason is not None:
                 context.skipped(node.name, reason)
             elif allows(node.name):
@@ -124,6 +129,34 @@ class FoldNumbers(Pass):
             node.update_arg(0, scaled)
             node.update_arg(1, b)
             context.applied(second.name, f"{other:g} with {factor:g} of {first.name}")
+
+
+def _ahead(graph: Graph, node: fx.Node) -> list[fx.Node] | None:
+    """Return the layers that alone read a value, at the end of calls through which a number goes; None for others."""
+    layers: list[fx.Node] = []
+    waiting, seen = [node], {node}
+    while waiting:
+        value = waiting.pop()
+        for user in value.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            weight: Any = user.args[1] if is_call(user, "Conv", "Gemm", "MatMul") else None
+            if weight is not None:
+                if user.args[0] is not value or weight is value or constant(graph, weight) is None:
+                    return None
+                if len(weight.users) > 1:
+                    return None
+                layers.append(user)
+            elif is_call(user, "AveragePool", "GlobalAveragePool", "ReduceMean", *PASSING) and len(seen) < MOST:
+                if user.args[0] is not value:
+                    return None
+                waiting.append(user)
+            elif user.op == "call_function" and not is_call(user) and isinstance(spec_of(value), tuple):
+                waiting.append(user)
+            else:
+                return None
+    return layers or None
 
 
 @dataclass

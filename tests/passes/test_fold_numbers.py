@@ -84,6 +84,12 @@ DOES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"u": (8, 16)},
         ["MatMul", "Split", "Softmax", "Add"],
     ),
+    "layers ahead": (
+        "a = Relu(x) b = Mul(a, f) c = Transpose<perm = [0, 2, 1]>(b) d = MatMul(c, t) "
+        "e = Transpose<perm = [0, 2, 1]>(d) g = MatMul(b, w) h = Add(g, v) y = Sub(h, e)",
+        {"t": (3, 3), "v": (8,)},
+        ["Relu", "Transpose", "MatMul", "Transpose", "MatMul", "Add", "Sub"],
+    ),
     "a concatenation": (
         "a = MatMul(x, w) b = MatMul(x, u) c = Concat<axis = -1>(a, b) d = Mul(c, f) y = MatMul(d, v)",
         {"u": (8, 4), "v": (12, 8)},
@@ -124,6 +130,15 @@ STAYS: dict[str, tuple[str, str]] = {
     "a shared weight": (
         "a = MatMul(x, w) b = Mul(a, f) y = MatMul(b, w)",
         "w is shared, or computed",
+    ),
+    "not only layers ahead": (
+        "a = Relu(x) b = Mul(a, f) c = MatMul(b, w) y = Add(b, c)",
+        "Relu_0 (onnx.Relu) does not scale with what it reads",
+    ),
+    "a factor that is computed ahead": (
+        "a = Relu(x) b = Mul(a, f) c = Transpose<perm = [0, 2, 1]>(b) d = MatMul(b, c) e = MatMul(d, x) "
+        "y = MatMul(e, w)",
+        "Relu_0 (onnx.Relu) does not scale with what it reads",
     ),
     "columns that others read, too": (
         "a = MatMul(x, w) b = Slice(a, s, e, k) c = Mul(b, f) d = Softmax(c) g = Slice(a, t, h, k) "
