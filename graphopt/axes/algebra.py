@@ -137,10 +137,11 @@ def concat(parts: Sequence[Axis]) -> Axis:
 def resolve(axis: Axis) -> Axis:
     """Follow bindings and flatten, down to unbound atoms: the normal form that matching works on."""
     if isinstance(axis, Atom):
-        if axis.bound is None:
-            return axis
-        axis.bound = resolve(axis.bound)
-        return axis.bound
+        end = _last(axis)
+        found = end if isinstance(end, Atom) else resolve(end)
+        while isinstance(axis, Atom) and axis.bound is not None:
+            axis.bound, axis = found, axis.bound
+        return found
     if isinstance(axis, Product):
         factors = tuple(resolve(f) for f in axis.factors)
         if any(isinstance(f, Product) or f.size == 1 for f in factors):
@@ -160,13 +161,18 @@ def resolve(axis: Axis) -> Axis:
     raise TypeError(f"not an axis: {axis!r}")
 
 
+def _last(axis: Axis) -> Axis:
+    """Return what an atom is bound to in the end: a chain of atoms may be longer than the stack is deep."""
+    while isinstance(axis, Atom) and axis.bound is not None:
+        axis = axis.bound
+    return axis
+
+
 def leaves(axis: Axis) -> Iterator[Atom]:
     """Yield the unbound atoms of ``axis``, with repetitions, in order."""
+    axis = _last(axis)
     if isinstance(axis, Atom):
-        if axis.bound is None:
-            yield axis
-        else:
-            yield from leaves(axis.bound)
+        yield axis
     elif isinstance(axis, Product):
         for f in axis.factors:
             yield from leaves(f)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from math import prod
 
 import numpy as np
@@ -225,3 +226,12 @@ def test_every_kept_position_belongs_to_kept_indices_only(data: st.DataObject) -
         index = index_at(axis, leaf)
         alive &= (index < 0) | np.isin(index, keep[leaf])
     assert kept == set(np.flatnonzero(alive).tolist())
+
+
+def test_chains_of_atoms_may_be_longer_than_the_stack_is_deep() -> None:
+    chain = [Atom(4) for _ in range(5000)]
+    for each, following in itertools.pairwise(chain):
+        each.bound = following
+    assert list(leaves(chain[0])) == [chain[-1]]
+    assert resolve(chain[0]) is chain[-1]
+    assert all(each.bound is chain[-1] for each in chain[:-1])
