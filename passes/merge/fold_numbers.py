@@ -53,6 +53,8 @@ class FoldNumbers(Pass):
     Where that way is barred, the number goes ahead into the weights of the layers that read the product, if none but
     layers do: W (c x) + b = (c W) x + b.
 
+    Signs go, too: ``[-a, b] * [s, t] = [a, b] * [-s, t]``, as in rotary embeddings.
+
     The tensors are new; of a table that several products share, each scaled one is made once. Exact up to rounding;
     computed in float64.
 
@@ -90,6 +92,9 @@ class FoldNumbers(Pass):
                 graph.module.graph.erase_node(node)
                 context.applied(node.name, f"{factor:g} into {', '.join(way.names)}")
         self._join(graph, context, allows)
+        tables: dict[tuple[str, int, int, int], str] = {}
+        for node in [n for n in graph.nodes if is_call(n, "Neg")]:
+            _fold_sign(graph, node, tables, context, allows)
         remove_dead(graph)
         graph.module.recompile()
         return PassResult(graph)
@@ -129,6 +134,50 @@ class FoldNumbers(Pass):
             node.update_arg(0, scaled)
             node.update_arg(1, b)
             context.applied(second.name, f"{other:g} with {factor:g} of {first.name}")
+
+
+def _fold_sign(
+    graph: Graph,
+    node: fx.Node,
+    tables: dict[tuple[str, int, int, int], str],
+    context: Context,
+    allows: Callable[[str], bool],
+) -> None:
+    """Let the table that a concatenation is multiplied with hold a sign: ``[-a, b] * [s, t] = [a, b] * [-s, t]``."""
+    joined: Any = next(iter(node.users), None)
+    if len(node.users) != 1 or not is_call(joined, "Concat") or len(joined.users) != 1:
+        return
+    product, out = next(iter(joined.users)), tensor_type(joined)
+    parts: list[fx.Node] = joined.args[0]
+    if not is_call(product, "Mul") or out is None or parts.count(node) != 1:
+        return
+    side = 1 if product.args[0] is joined else 0
+    table = product.args[side]
+    held, axis = tensor_type(table), int(joined.kwargs["axis"]) % len(out.shape) - len(out.shape)
+    specs = [spec for spec in map(tensor_type, parts) if spec is not None]
+    if constant(graph, table) is None or held is None or len(held.shape) < -axis or out.dynamic[axis]:
+        return
+    if held.shape[axis] != out.shape[axis] or len(specs) != len(parts) or not allows(node.name):
+        return
+    place = parts.index(node)
+    start = sum(spec.shape[axis] for spec in specs[:place])
+    key = (str(table.target), axis, start, specs[place].shape[axis])
+    if key not in tables:
+        tables[key] = _with_sign(graph, *key)
+    product.update_arg(side, read(graph, tables[key], product))
+    replace(node, node.args[0])  # type: ignore[arg-type]
+    graph.module.graph.erase_node(node)
+    context.applied(node.name, f"the sign into {key[0]}")
+
+
+def _with_sign(graph: Graph, name: str, axis: int, start: int, length: int) -> str:
+    """Return the name of a new table of which a part has the other sign."""
+    tensor = graph.tensor(name)
+    value = tensor.detach().clone()
+    value.narrow(axis, start, length).neg_()
+    made = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    sources = {dim: graph.stands_for(name, dim) for dim in range(tensor.dim())}
+    return add_tensor(graph, f"{name}_signed", made, sources=sources)
 
 
 def _ahead(graph: Graph, node: fx.Node) -> list[fx.Node] | None:

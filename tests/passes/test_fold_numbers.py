@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,33 @@ def test_a_convolution() -> None:
     )
     assert calls(done.after) == ["Conv"]
     sound(done)
+
+
+ROTARY = (
+    "a, b = Split<axis = -1, num_outputs = 2>({x}) c = Neg(b) d = Concat<axis = -1>(c, a) e = Mul(d, sin) "
+    "g = Mul({x}, cos) h = Add(g, e)"
+)
+
+
+def test_signs_of_rotary_embeddings() -> None:
+    second = re.sub(r"\b([a-eg-h])\b", r"\g<1>2", ROTARY.format(x="x"))
+    done = trial(
+        FoldNumbers(),
+        HEAD,
+        f"{ROTARY.format(x='x')} {second} i = MatMul(h, w) j = MatMul(h2, u) y = Sub(i, j)",
+        {"sin": (3, 8), "cos": (3, 8), "w": (8, 8), "u": (8, 8)},
+    )
+    assert "Neg" not in calls(done.after)
+    assert [site.reason for site in done.applied] == ["the sign into sin"] * 2
+    assert [name for name in done.after.tensors() if name.startswith("sin")] == ["sin_signed"]
+    sound(done)
+
+
+def test_a_sign_stays_where_the_table_does_not_reach() -> None:
+    done = trial(
+        FoldNumbers(), HEAD, f"{ROTARY.format(x='x')} y = MatMul(h, w)", {"sin": (3, 1), "cos": (3, 8), "w": (8, 8)}
+    )
+    assert done.unchanged
 
 
 STAYS: dict[str, tuple[str, str]] = {
