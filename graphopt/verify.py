@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.axes.algebra import Atom, Axis, Indices, kept_positions, leaves
 from graphopt.axes.infer import Positions, Resizer, Typing, Value
-from graphopt.dialects.onnx import runtime
+from graphopt.dialects.onnx import runtime as onnx_runtime
 from graphopt.dialects.onnx.facts import is_onnx
+from graphopt.dialects.onnx.quantized import is_quantized
 from graphopt.graph import SPEC, Call, Graph, TensorSpec
 from graphopt.masking import masked_graph
 from graphopt.sweep import default_dtype, flatten_inputs, own, promote
@@ -128,7 +129,8 @@ def _masked_difference(
 ) -> Difference:
     args, kwargs = inputs
     expected = masked_outputs(typing, keep, args, kwargs, double=double)
-    return difference(expected, evaluate(pruned, args, kwargs, double=double), double=double)
+    found = evaluate(pruned, args, kwargs, double=double, runtime=not double)
+    return difference(expected, found, double=double)
 
 
 def shape_mismatch(graph: Graph) -> str | None:
@@ -227,15 +229,23 @@ def _relative(a: Any, b: Any) -> float:
 # -- evaluation -----------------------------------------------------------------------------------------------------
 
 
-def evaluate(graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool = False) -> Any:
-    """Run ``graph`` without gradients, in evaluation mode, in its own precision or in float64."""
+def evaluate(
+    graph: Graph, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, double: bool = False, runtime: bool = False
+) -> Any:
+    """Run ``graph`` without gradients, in evaluation mode, in its own precision or in float64.
+
+    A graph of the ONNX dialect is run in ONNX Runtime where ``runtime`` asks for it, and where it is quantized: that
+    rounding is the runtime's. Elsewhere it is interpreted, which takes less time than making a session.
+    """
+    runtime = not double and is_onnx(graph) and (runtime or is_quantized(graph))
     memory = _MEMORY.get()
     if memory is None:
-        return _Evaluator(graph, double=double).outputs(args, kwargs)
+        return _Evaluator(graph, double=double, runtime=runtime).outputs(args, kwargs)
     for found in memory:
-        if found.graph is graph and found.args is args and found.kwargs is kwargs and found.double == double:
+        if found.graph is graph and found.args is args and found.kwargs is kwargs and found.how == (double, runtime):
             return found.outputs
-    found = _Remembered(graph, args, kwargs, double, _Evaluator(graph, double=double).outputs(args, kwargs))
+    outputs = _Evaluator(graph, double=double, runtime=runtime).outputs(args, kwargs)
+    found = _Remembered(graph, args, kwargs, (double, runtime), outputs)
     memory.append(found)
     return found.outputs
 
@@ -245,7 +255,7 @@ class _Remembered:
     graph: Graph
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    double: bool
+    how: tuple[bool, bool]
     outputs: Any
 
 
@@ -287,24 +297,25 @@ def masked_outputs(
 class _Evaluator(fx.Interpreter):
     """Interpret a graph; in double mode every float tensor, and every float type asked for, becomes float64."""
 
-    def __init__(self, graph: Graph, *, double: bool) -> None:
+    def __init__(self, graph: Graph, *, double: bool, runtime: bool = False) -> None:
         super().__init__(graph.module)
+        self.runtime = runtime
         self.held = graph
         self.traced = graph.module
         self.double = double
 
     def outputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         flat = flatten_inputs(self.traced, args, kwargs)
-        found = None if self.double else self._run_by_runtime(flat)
+        found = self._run_by_runtime(flat) if self.runtime else None
         if found is not None:
             return found
         with torch.no_grad(), default_dtype(torch.float64) if self.double else nullcontext():
             return self.run(*[self._promote(own(x)) for x in flat], enable_io_processing=False)
 
     def _run_by_runtime(self, flat: list[Any]) -> Any:
-        """Run a graph of the ONNX dialect in ONNX Runtime; None where there is none, or it cannot."""
-        graph = self._whole() if is_onnx(self.traced) else None
-        found = None if graph is None else runtime.outputs(graph, flat)
+        """Run the graph in ONNX Runtime; None where there is none, or it cannot."""
+        graph = self._whole()
+        found = None if graph is None else onnx_runtime.outputs(graph, flat)
         return None if found is None else found[0] if len(found) == 1 else tuple(found)
 
     def _whole(self) -> Graph | None:
@@ -326,7 +337,7 @@ class _Evaluator(fx.Interpreter):
 
 class _MaskedEvaluator(_Evaluator):
     def __init__(self, typing: Typing, keep: Mapping[Atom, Indices], *, double: bool) -> None:
-        super().__init__(typing.graph, double=double)
+        super().__init__(typing.graph, double=double, runtime=not double and is_onnx(typing.graph))
         self.typing = typing
         self.keep = {a: k for a, k in keep.items() if len(k) < a.size}
 
