@@ -2,12 +2,13 @@
 
 `onnx_exports.json` says what the exporters refuse, `onnx_coverage.json` what is free in each file. After a change that
 is meant to alter them, write them anew with `python -m tests.zoo.onnx_files` and `python -m tests.zoo.onnx_coverage`,
-and read the difference.
+and read the difference. Of each model one exporter's file is tested; with GRAPHOPT_ZOO_FILES=both, both are.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,28 @@ EXPECTED: dict[str, dict[str, Any]] = json.loads(COVERAGE.read_text())
 ALONE = 4
 """How many groups of each file are pruned alone."""
 
+SAME = ("bert", "qwen2", "llama_gqa", "gpt2", "opt", "t5", "clip", "detr", "vit_tiny_patch16_224", "resnet50")
+"""Models whose files the dynamo exporter writes with the module's tensors, renamed or transposed at most."""
+
+SAME_WEIGHTS = ("bert", "qwen2", "gpt2", "opt", "clip", "vit_tiny_patch16_224")
+"""Those of them with the module's values, too, so that scores, and what is kept, are the same."""
+
+BOTH = os.environ.get("GRAPHOPT_ZOO_FILES") == "both"
+"""Whether each model is tested as both exporters write it; else as one of them does, in turn."""
+
+
+def exporters(number: int, name: str) -> list[Exporter]:
+    """Return which exporters' files of a model are tested."""
+    able = [exporter for exporter in EXPORTERS if name not in EXPECTED_REFUSALS[exporter]]
+    if BOTH or len(able) < 2:
+        return able
+    return ["dynamo"] if name in SAME else [able[number % 2]]
+
+
 FILES = [
     pytest.param(name, exporter, id=f"{name}-{exporter}", marks=pytest.mark.xdist_group(name))
-    for name in ZOO
-    for exporter in EXPORTERS
-    if name not in EXPECTED_REFUSALS[exporter]
+    for number, name in enumerate(ZOO)
+    for exporter in exporters(number, name)
 ]
 
 
@@ -132,14 +150,7 @@ def test_half_the_multiply_adds_are_removed_and_the_rest_runs_in_onnx_runtime(na
     assert path.read_bytes() == before
 
 
-SAME = ("bert", "qwen2", "llama_gqa", "gpt2", "opt", "t5", "clip", "detr", "vit_tiny_patch16_224", "resnet50")
-"""Models whose files the dynamo exporter writes with the module's tensors, renamed or transposed at most."""
-
-SAME_WEIGHTS = ("bert", "qwen2", "gpt2", "opt", "clip", "vit_tiny_patch16_224")
-"""Those of them with the module's values, too, so that scores, and what is kept, are the same."""
-
-
-@pytest.mark.parametrize("name", SAME)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SAME])
 def test_a_file_has_the_groups_of_its_module(name: str) -> None:
     with quiet():
         of_module = infer(capture(ZOO[name].build(), ZOO[name].inputs()))
@@ -154,7 +165,7 @@ def test_a_file_has_the_groups_of_its_module(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAME_WEIGHTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SAME_WEIGHTS])
 def test_a_file_is_pruned_as_its_module(name: str) -> None:
     module, (path, graph) = ZOO[name].build(), captured(name, "dynamo")
     target, budget = OnnxTarget(channel_multiple=1, check=False), graphopt.Budget(flops=0.5)
