@@ -354,27 +354,29 @@ class _Way:
                 continue
             self.names.append(name)
             value = self._value(name, factors)
-            if len(readers(self.graph, name)) == 1 and len(self.graph.names(name)) == 1:
+            twin = factors is None and (name, self.factor) in self.made
+            if not twin and len(readers(self.graph, name)) == 1 and len(self.graph.names(name)) == 1:
                 replace_tensor(self.graph, name, value)
                 in_place.add(name)
             else:
-                node.update_arg(position, read(self.graph, self._new(name, value), node))
+                node.update_arg(position, read(self.graph, self._new(name, value, shared=factors is None), node))
 
     def _value(self, name: str, factors: Tensor | None) -> Tensor:
         tensor = self.graph.tensor(name)
         return (tensor.detach().double() * (self.factor if factors is None else factors)).to(tensor.dtype)
 
-    def _new(self, name: str, value: Tensor) -> str:
-        """Return the name of a scaled table; of those that several products share, each is made once."""
+    def _new(self, name: str, value: Tensor, *, shared: bool) -> str:
+        """Return the name of a scaled table; of those that are scaled as a whole, each is made once."""
         key = (name, self.factor)
-        if key not in self.made:
-            tensor = self.graph.tensor(name)
-            changed = (
-                nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-            )
-            sources = {dim: self.graph.stands_for(name, dim) for dim in range(tensor.dim())}
-            self.made[key] = add_tensor(self.graph, f"{name}_scaled", changed, sources=sources)
-        return self.made[key]
+        if shared and key in self.made:
+            return self.made[key]
+        tensor = self.graph.tensor(name)
+        changed = nn.Parameter(value, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+        sources = {dim: self.graph.stands_for(name, dim) for dim in range(tensor.dim())}
+        made = add_tensor(self.graph, f"{name}_scaled", changed, sources=sources)
+        if shared:
+            self.made[key] = made
+        return made
 
 
 def _computed(graph: Graph, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

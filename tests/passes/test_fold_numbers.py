@@ -142,6 +142,18 @@ def test_signs_of_rotary_embeddings() -> None:
     sound(done)
 
 
+def test_a_scaled_table_is_made_once() -> None:
+    done = trial(
+        FoldNumbers(),
+        HEAD,
+        "a = Relu(x) b = Sigmoid(x) c = Mul(a, t) d = Mul(b, t) e = Mul(c, f) g = Mul(d, f) y = Sub(e, g)",
+        {"t": (3, 8), "f": np.float32(0.5)},
+    )
+    assert calls(done.after) == ["Relu", "Sigmoid", "Mul", "Mul", "Sub"]
+    assert list(done.after.tensors()) == ["t_scaled"]
+    sound(done)
+
+
 def test_a_sign_stays_where_the_table_does_not_reach() -> None:
     done = trial(
         FoldNumbers(), HEAD, f"{ROTARY.format(x='x')} y = MatMul(h, w)", {"sin": (3, 1), "cos": (3, 8), "w": (8, 8)}
