@@ -144,14 +144,22 @@ def removed(before: Any, after: Any) -> Keep:
     """
     old, new = _arrays(before), _arrays(after)
     keep: Keep = {}
-    for name, array in new.items():
+    for name, array in sorted(new.items(), key=lambda item: -item[1].ndim):
         if array.dtype.kind != "f" or array.size <= 1:
             continue
         if name not in old or old[name].ndim != array.ndim:
             raise NotDerivableError(f"no initializer {name} of {array.ndim} dimensions before")
         if old[name].shape != array.shape:
-            keep[name] = _kept(name, old[name], array)
+            # A bias may hold a value twice; it then goes as a weight does.
+            as_others = [kept for dims in keep.values() for kept in dims.values() if array.shape == kept.shape]
+            fits = (kept for kept in as_others if array.ndim == 1 and _selects(old[name], kept, array))
+            first = next(fits, None)
+            keep[name] = _kept(name, old[name], array) if first is None else {0: first}
     return keep
+
+
+def _selects(old: Array, kept: Array, new: Array) -> bool:
+    return int(kept.max()) < len(old) and np.array_equal(old[kept], new)
 
 
 def _kept(name: str, old: Array, new: Array) -> dict[int, Array]:
