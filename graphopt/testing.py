@@ -146,8 +146,11 @@ def damaged(graph: Graph, name: str) -> Graph:
     """Return a copy of the graph in which every entry of a parameter is a little wrong."""
     copy = graph.clone()
     tensor = graph.tensor(name)
-    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor)
-    wrong = tensor.detach() + 0.1 * (tensor.detach().abs().max() + 1) * noise
+    noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)).to(tensor.device)
+    if tensor.is_floating_point():
+        wrong = tensor.detach() + 0.1 * (tensor.detach().abs().max() + 1) * noise.to(tensor)
+    else:  # a weight that is stored as whole numbers
+        wrong = torch.where(tensor.detach() > 0, tensor.detach() - 1, tensor.detach() + 1 + (noise > 0).to(tensor))
     copy.set_tensor(name, nn.Parameter(wrong, requires_grad=tensor.requires_grad))
     return copy
 

@@ -268,7 +268,7 @@ CASES: dict[str, Case] = {
         FoldConstants(),
         "(float[N,6] x) => (float[N,4] y)",
         "q = DequantizeLinear(w, s) c = MatMul(x, q) y = Relu(c)",
-        {"w": np.ones((6, 4), np.int8), "s": np.float32(0.5)},
+        {"w": (np.arange(24, dtype=np.int8) % 7 - 3).reshape(6, 4), "s": np.float32(0.5)},
     ),
     "equal calls and weights": Case(
         MergeDuplicates(),
