@@ -464,6 +464,17 @@ class Graph:
         shape = tuple(self.tensor(name).shape)
         return (Source(name, shape, dim, np.arange(shape[dim], dtype=np.int64)),)
 
+    def layer_of(self, name: str) -> str:
+        """Return the layer that reads a tensor first, where the tensor's own name does not say it; "" where it does.
+
+        Exporters to ONNX give weights that they folded or transposed a number for a name.
+        """
+        for node in self.module.graph.find_nodes(op="get_attr", target=name):
+            for reader in node.users:
+                owner = str(reader.meta.get(OWNER) or "")
+                return "" if "." in name or name.startswith(owner) else owner
+        return ""
+
     def names(self, canonical: str) -> list[str]:
         """Return every name of one tensor: the graph's first, then its aliases."""
         return [canonical, *(alias for alias, name in self.aliases.items() if name == canonical)]

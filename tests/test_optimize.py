@@ -612,7 +612,7 @@ class TestInspect:
         data = json.loads(json.dumps(inspection.to_dict()))
         assert data["model"] == "Attention"
         assert data["cost"]["params"] == inspection.cost.params
-        assert [*data["groups"][0]] == ["name", "role", "size", "places", "params", "flops", "normalised"]
+        assert [*data["groups"][0]] == ["name", "role", "size", "places", "params", "flops", "normalised", "layer"]
 
     def test_as_text(self, inspection: Inspection) -> None:
         text = str(inspection)

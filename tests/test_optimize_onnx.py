@@ -232,3 +232,21 @@ def test_a_failure_leaves_a_reproducer_of_the_same_kind(path: Path, tmp_path: Pa
 
     with pytest.raises(GraphOptError):
         graphopt.optimize(**Reproducer.load(tmp_path / "failure"))
+
+
+def test_a_group_is_named_with_its_layer_where_its_tensor_does_not_say_it(tmp_path: Path) -> None:
+    """TorchScript's exporter gives transposed and folded weights numbers for names."""
+    model = net()
+    for proto in model.graph.initializer:
+        if proto.name == "head.hidden":
+            proto.name = "onnx::MatMul_7"
+    for node in model.graph.node:
+        node.input[:] = ["onnx::MatMul_7" if each == "head.hidden" else each for each in node.input]
+        if "onnx::MatMul_7" in node.input:
+            node.name = "/head/hidden/MatMul"
+    (row,) = [row for row in graphopt.inspect(model).groups if "onnx::MatMul_7[1]" in row.places]
+    assert (row.name, row.layer) == ("onnx::MatMul_7[1]", "head.hidden")
+    result = graphopt.optimize(model, target="torch", budget=Budget(params=0.5), output=tmp_path)
+    assert "onnx::MatMul_7[1] head.hidden" in " ".join(str(result.report).split())
+    assert "head.hidden</span>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert {row.layer for row in graphopt.inspect(net()).groups} == {""}

@@ -125,7 +125,8 @@ def _groups(sites: Sequence[Site]) -> str:
         places = facts["places"]
         rows.append(
             (
-                f"<code>{escape(site.name)}</code>",
+                f"<code>{escape(site.name)}</code>"
+                + (f" <span class=soft>{escape(facts['layer'])}</span>" if facts.get("layer") else ""),
                 escape(facts["role"]) + (" <span class=soft>normalised over</span>" if facts["normalised"] else ""),
                 _number(f"{facts['kept']:,}"),
                 _number(f"{facts['size']:,}"),

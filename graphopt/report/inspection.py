@@ -105,7 +105,15 @@ class Inspection:
         costs = CostModel(typing)
         stakes = at_stake(costs)
         groups = tuple(
-            GroupRow(g.name, g.role, g.size, tuple(map(str, g.places)), *stakes[g.atom], g.normalised)
+            GroupRow(
+                g.name,
+                g.role,
+                g.size,
+                tuple(map(str, g.places)),
+                *stakes[g.atom],
+                g.normalised,
+                typing.graph.layer_of(g.places[0].tensor),
+            )
             for g in typing.groups
         )
         return cls(
@@ -164,7 +172,8 @@ class Inspection:
         for row in groups[:most]:
             stake = (amount(row.params), amount(row.flops))
             over = escape(listing(row.normalised, 1))
-            listed.add_row(escape(row.name), row.role, str(row.size), str(len(row.places)), *stake, over)
+            name = escape(row.name) + (f" [dim]{escape(row.layer)}[/]" if row.layer else "")
+            listed.add_row(name, row.role, str(row.size), str(len(row.places)), *stake, over)
         yield listed
         if len(groups) > most:
             yield Text(f"  and {plural(len(groups) - most, 'group')} more", style="dim")

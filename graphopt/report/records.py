@@ -24,7 +24,8 @@ class Site:
         applied: Whether the pass acted.
         reason: What it did, or why it did not, with the numbers.
         facts: Numbers and names for tables. For a group: `role`, `size`, `kept`, `places` (what is sliced),
-            `normalised` (nodes that normalise over it), and `flops` and `params` that involve it.
+            `normalised` (nodes that normalise over it), `flops` and `params` that involve it, and `layer`, where its
+            name does not say where it is.
     """
 
     name: str
@@ -170,6 +171,7 @@ class GroupRow:
 
     `params` and `flops` are those of everything that its indices take part in: what would be gone without the group.
     `normalised` names the nodes that normalise over it; the other indices' results change when one of them goes.
+    `layer` is where it is, if its name does not say it.
     """
 
     name: str
@@ -179,6 +181,7 @@ class GroupRow:
     params: int
     flops: int
     normalised: tuple[str, ...]
+    layer: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,7 +109,8 @@ def _groups(sites: Sequence[Site], whole: int) -> RenderableType:
     drawn = table("group", "role", "kept", "of", "", "places", title=f"Groups ({len(cut)} of {len(cut) + whole} cut)")
     for site in cut[:MOST_ROWS]:
         facts = site.facts
-        name = escape(site.name) + (" [dim]normalised over[/]" if facts.get("normalised") else "")
+        layer = f" [dim]{escape(facts['layer'])}[/]" if facts.get("layer") else ""
+        name = escape(site.name) + layer + (" [dim]normalised over[/]" if facts.get("normalised") else "")
         row = (
             str(facts["kept"]),
             str(facts["size"]),

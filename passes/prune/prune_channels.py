@@ -123,6 +123,8 @@ class PruneChannels(Pass):
                 "params": params,
                 "flops": flops,
             }
+            layer = typing.graph.layer_of(group.places[0].tensor)
+            facts |= {"layer": layer} if layer else {}
             note = f"; {scoring.notes[group.name]}" if group.name in scoring.notes else ""
             if group.atom in keep:
                 what = f"kept {facts['kept']} of {plural(group.size, 'index', 'indices')}"
