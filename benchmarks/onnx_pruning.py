@@ -11,7 +11,7 @@ parameters that is left; and masked equality: the largest difference of its outp
 to those of the original in which every parameter of a removed index is zero. Which indices were removed is read off
 the files alike for all: a cut initializer's entries are found again in the initializer of the same name before.
 "not derivable" says why that was not possible. A LayerNormalization over removed indices is replaced in the original
-by one over the kept ones; other means over removed indices have no masked counterpart in a file, and are named.
+by one over the kept ones; other means over removed indices are not, so a file with such a one may read as different.
 
 Multiply-adds are counted on the shapes that tensors have when ONNX Runtime runs the file, by one formula for all.
 """
