@@ -9,30 +9,49 @@ running each operator on tensors without values, so a model of any size is read 
 
 from __future__ import annotations
 
-import keyword
 import math
-import re
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from graphopt.capture.onnx.sizes import LARGEST, Entries, Size, UndecidedError, evaluated, has_size
-from graphopt.dialects.onnx.operators import DOMAIN, NUMBERS, SIZES, Op, op
+from graphopt.capture.onnx.naming import attribute_name, identifier, owner_of, parents
+from graphopt.capture.onnx.operands import (
+    FAILURES,
+    LARGEST_VALUE,
+    MisfitError,
+    as_argument,
+    hashable,
+    is_small_result,
+    result_type,
+    varying_dims,
+    with_outputs,
+    without_values,
+)
+from graphopt.capture.onnx.sizes import LARGEST, Size, UndecidedError, evaluated, has_size
+from graphopt.capture.onnx.values import (
+    Found,
+    Stored,
+    Type,
+    as_entries,
+    entries_of,
+    is_small,
+    is_tensor,
+    of_entries,
+    tensor_of,
+    unmade,
+)
+from graphopt.dialects.onnx.facts import ONNX
+from graphopt.dialects.onnx.operators import DOMAIN, Op, op
 from graphopt.dialects.onnx.quantized import WEIGHTS
-from graphopt.dialects.onnx.types import ONNX_TYPE, TORCH_TYPE, Filling
+from graphopt.dialects.onnx.types import ONNX_TYPE, Filling
 from graphopt.errors import CaptureError, UnsupportedOperatorError
 from graphopt.graph import OWNER, SPEC, TensorSpec, TraceModule, set_tensor
 
-__all__ = ["FAILURES", "Builder", "Found", "Stored"]
-
-ONNX: Final = "onnx"
-"""Key in ``node.meta`` of what the file calls a node and its results: ``(name, (result, …))``."""
+__all__ = ["Builder"]
 
 FIXED_OPERANDS: Final[dict[str, tuple[str, ...]]] = {
     "BatchNormalization": ("input_mean", "input_var"),
@@ -49,54 +68,6 @@ FIXED_OPERANDS: Final[dict[str, tuple[str, ...]]] = {
     "RotaryEmbedding": ("cos_cache", "sin_cache"),
 }
 """Operands that are no weights although they are constants: setting them to zero would not take a channel away."""
-
-
-Type = tuple[tuple[int, ...], torch.dtype]
-"""The shape of a tensor, and the type of its entries."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the file: its type, and its values when they are asked for."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
-
-
-@dataclass(eq=False)
-class Found:
-    """What is known of one value of the model.
-
-    ``shape`` and ``probe`` are its shapes for the example inputs and for inputs of other sizes. ``entries`` are its
-    numbers, where it is a small tensor of numbers that depend on sizes alone. ``make`` makes the node that yields it.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    probe: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], fx.Node]
-    entries: Entries | None = None
-    stored: Stored | None = None
-    varying: frozenset[int] = frozenset()
-    made: fx.Node | None = field(default=None, repr=False)
-
-    @property
-    def node(self) -> fx.Node:
-        """The node that yields the value; made when first asked for."""
-        if self.made is None:
-            self.made = self.make()
-        return self.made
-
-    @property
-    def spec(self) -> TensorSpec:
-        """The value's type."""
-        dynamic = tuple(
-            a != b or d in self.varying for d, (a, b) in enumerate(zip(self.shape, self.probe, strict=True))
-        )
-        return TensorSpec(self.shape, self.dtype, dynamic)
 
 
 class Builder:
@@ -132,7 +103,7 @@ class Builder:
 
     def input(self, name: str, tensor: torch.Tensor, probe: tuple[int, ...], varying: Sequence[int]) -> None:
         """Add an input of the model."""
-        node = self.graph.placeholder(_identifier(name))
+        node = self.graph.placeholder(identifier(name))
         node.target = node.name  # the generated code binds the target, which need not be unique as the name is
         found = Found(name, tuple(tensor.shape), probe, tensor.dtype, lambda: node, varying=frozenset(varying))
         node.meta.update({SPEC: found.spec, ONNX: (name, (name,))})
@@ -152,8 +123,8 @@ class Builder:
             return self._attribute(stored.name, stored.load())
 
         found = Found(stored.name, stored.shape, stored.shape, stored.dtype, make, stored=stored)
-        if _is_small(stored.shape, stored.dtype):
-            found.entries = _entries(stored.load())
+        if is_small(stored.shape, stored.dtype):
+            found.entries = entries_of(stored.load())
         return found
 
     def _attribute(self, name: str, tensor: torch.Tensor) -> fx.Node:
@@ -174,12 +145,12 @@ class Builder:
     def _fresh(self, name: str) -> str:
         """Return a name under which the module can hold a tensor: the file's own wherever that is possible."""
         parts = [part for part in name.split(".") if part] or ["tensor"]
-        parts = [_attribute_name(part) for part in parts]
+        parts = [attribute_name(part) for part in parts]
         path = ".".join(parts)
-        while path in self._taken or path in self._parts or any(p in self._taken for p in _prefixes(path)):
+        while path in self._taken or path in self._parts or any(p in self._taken for p in parents(path)):
             path = f"{path.replace('.', '_')}_"
         self._taken.add(path)
-        self._parts.update(_prefixes(path))
+        self._parts.update(parents(path))
         if path != name:
             self.names[path] = name
         return path
@@ -214,7 +185,7 @@ class Builder:
     def _maker(self, result: Found, emit: _Once, index: int) -> Callable[[], fx.Node]:
         def make() -> fx.Node:
             if result.entries is not None and not has_size(result.entries):
-                return self._attribute(result.name, _tensor(result.entries, result.dtype))
+                return self._attribute(result.name, tensor_of(result.entries, result.dtype))
             return emit().results[index].node
 
         return make
@@ -239,7 +210,7 @@ class Builder:
         name = node.outputs[0].name
         kind, value = next(iter(node.attrs.items()), ("", None))
         held = kind in ("value", "sparse_value")
-        if len(node.attrs) != 1 or not kind.startswith(("value", "sparse_value")) or held != _is_tensor(value):
+        if len(node.attrs) != 1 or not kind.startswith(("value", "sparse_value")) or held != is_tensor(value):
             raise CaptureError(
                 f"node {node.name!r} (Constant) must have one value, of the type that its attribute says; found "
                 f"{sorted(node.attrs)}: the file is broken; export it again"
@@ -290,7 +261,7 @@ class Builder:
             if name in operands:  # became an input in a later version
                 operands[name] = self._literal(value)
             else:
-                attributes[name] = self._filling(node, value) if _is_tensor(value) else value
+                attributes[name] = self._filling(node, value) if is_tensor(value) else value
         return operands, attributes
 
     def _filling(self, node: Any, value: Any) -> Filling:
@@ -323,7 +294,7 @@ class Builder:
             return None
         if any(v.stored is not None and v.dtype.is_floating_point and v.entries.size > 1 for v in present):
             return None  # a short vector may be a weight, and keeps its name
-        dtype = _result_type(target.name, present, attributes)
+        dtype = result_type(target.name, present, attributes)
         if not any(has_size(v.entries) for v in present):
             return self._constants(target, operands, attributes, count)
         given = [
@@ -337,7 +308,7 @@ class Builder:
         if found is None:
             return None
         results = found if isinstance(found, list) else [found]
-        return [_known(entries, dtype) for entries in results] if all(e.size <= LARGEST for e in results) else None
+        return [of_entries(entries, dtype) for entries in results] if all(e.size <= LARGEST for e in results) else None
 
     def _shape(self, name: str, value: Found, attributes: Mapping[str, Any]) -> Found:
         spec = value.spec
@@ -346,11 +317,11 @@ class Builder:
             for d, (n, varies) in enumerate(zip(spec.shape, spec.dynamic, strict=True))
         ]
         if name == "Size":
-            return _known(_object(math.prod(sizes), ()), torch.int64)
+            return of_entries(as_entries(math.prod(sizes), ()), torch.int64)
         sizes = sizes[attributes.get("start", 0) : attributes.get("end", len(sizes))]
         entries = np.empty(len(sizes), dtype=object)
         entries[:] = sizes
-        return _known(entries, torch.int64)
+        return of_entries(entries, torch.int64)
 
     def _extent(self, value: Found, dim: int) -> Size:
         """Return the size of a dimension that varies; the same object for the same dimension."""
@@ -367,19 +338,19 @@ class Builder:
         def real(value: Any) -> Any:
             if isinstance(value, list):
                 return [real(each) for each in value]
-            return None if value is None else _tensor(value.entries, value.dtype)
+            return None if value is None else tensor_of(value.entries, value.dtype)
 
-        args = [_argument(target, name, value, lambda v: real(v), None) for name, value in operands.items()]
-        given = _with_outputs(target, attributes, count)
+        args = [as_argument(target, name, value, lambda v: real(v), None) for name, value in operands.items()]
+        given = with_outputs(target, attributes, count)
         try:
-            if not _is_small_result(target, operands, given):
+            if not is_small_result(target, operands, given):
                 return None
             found = target(*args, **given)
         except FAILURES:
             return None  # as a node, it is refused where its types are told
         results = list(found) if isinstance(found, list | tuple) else [found]
-        if all(isinstance(r, torch.Tensor) and _is_small(tuple(r.shape), r.dtype) for r in results):
-            return [_known(_entries(r), r.dtype) for r in results]
+        if all(isinstance(r, torch.Tensor) and is_small(tuple(r.shape), r.dtype) for r in results):
+            return [of_entries(entries_of(r), r.dtype) for r in results]
         return None
 
     # -- calls --
@@ -393,7 +364,7 @@ class Builder:
                 f"node {node.name!r} is a {target.name}, whose course depends on data: leave it out of the exported "
                 "part, or export the model with fixed control flow"
             )
-        shown = _with_outputs(target, attributes, len(names))
+        shown = with_outputs(target, attributes, len(names))
         if target.key == "Reshape":
             operands = {**operands, "shape": self._own_sizes(operands["data"], operands["shape"])}
         results = self._types(node, target, operands, shown, len(names))
@@ -402,11 +373,11 @@ class Builder:
                 if isinstance(each, Found) and each.stored is not None:
                     self.uses.setdefault(each.stored.name, []).append((target.key, name))
         self._note_whole_weights(target, operands)
-        args = [_argument(target, name, value, lambda v: v.node, self.graph) for name, value in operands.items()]
+        args = [as_argument(target, name, value, lambda v: v.node, self.graph) for name, value in operands.items()]
         while args and args[-1] is None:
             args.pop()
         call = self.graph.create_node(
-            "call_function", target, tuple(args), shown, name=_identifier(node.name or target.name)
+            "call_function", target, tuple(args), shown, name=identifier(node.name or target.name)
         )
         weights = [v.stored.name for v in operands.values() if isinstance(v, Found) and v.stored is not None]
         owner = owner_of(node, self._metadata.get(names[0], {}), weights)
@@ -461,12 +432,12 @@ class Builder:
         varies = any(v.shape != v.probe or (v.entries is not None and has_size(v.entries)) for v in flat)
         second = self._run(node, target, operands, attributes, probe=True) if varies else first
         found = [
-            Found("", shape, other, dtype, _unmade) for (shape, dtype), (other, _) in zip(first, second, strict=True)
+            Found("", shape, other, dtype, unmade) for (shape, dtype), (other, _) in zip(first, second, strict=True)
         ]
         if len(found) < count:
             raise CaptureError(f"node {node.name!r} ({node.op}) has {count} results; the operator yields {len(found)}")
         for each in found:
-            each.varying = _varying(target, operands, each)
+            each.varying = varying_dims(target, operands, each)
         return found[: max(count, 1)] if target.key != "Split" else found
 
     def _run(
@@ -477,13 +448,13 @@ class Builder:
         def typed(value: Found) -> Type:
             return value.probe if probe else value.shape, value.dtype
 
-        args = [_argument(target, name, value, typed, None, probe=probe) for name, value in operands.items()]
-        key = _hashable((target, args, attributes))
+        args = [as_argument(target, name, value, typed, None, probe=probe) for name, value in operands.items()]
+        key = hashable((target, args, attributes))
         known = self._known.get(key) if key is not None else None
         if known is not None:
             return known
         try:
-            found = _without_values(target, args, attributes)
+            found = without_values(target, args, attributes)
         except NotImplementedError as error:
             raise UnsupportedOperatorError(
                 f"node {node.name!r} ({target}): the shape of its result is not known without its values ({error})"
@@ -524,17 +495,6 @@ class Builder:
                 set_tensor(self.module, path, nn.Parameter(tensor, requires_grad=trained))
 
 
-class MisfitError(Exception):
-    """Say that an operator does not take the operands it is given, at these sizes of the inputs.
-
-    ``probe`` says whether they are the other sizes than those of the example inputs.
-    """
-
-    def __init__(self, message: str, *, probe: bool) -> None:
-        super().__init__(message)
-        self.probe = probe
-
-
 @dataclass(frozen=True)
 class _Call:
     results: list[Found]
@@ -553,189 +513,10 @@ class _Once:
         return self._found
 
 
-LARGEST_VALUE: Final = 1 << 33
-"""Most entries that a value may have for the example inputs: what claims more is a mistake, or made to do harm."""
-
-FAILURES: Final = (
-    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, MemoryError),
-)
-"""What an operator may raise that is given operands or attributes that it does not take."""
-
 _RANDOM: Final = frozenset(
     ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout")
 )
 _WITH_BODIES: Final = frozenset(("If", "Loop", "Scan", "SequenceMap"))
-_SIZED: Final[dict[str, str]] = {"Reshape": "shape", "ConstantOfShape": "input"}
-"""Operators whose operand has one entry a dimension of the result."""
-
-
-@cache
-def _reserved() -> frozenset[str]:
-    """Return the names that a module has already, of which none can be a tensor's."""
-    return frozenset((*dir(TraceModule(nn.Module(), fx.Graph())), "T_destination", "call_super_init"))
-
-
-def _without_values(target: Op, args: Sequence[Any], attributes: Mapping[str, Any]) -> Any:
-    """Call an operator on tensors of these types without values.
-
-    What makes a tensor of numbers alone makes it without values, too.
-    """
-    given = [_on_meta(argument) for argument in args]
-    tensors = (each for value in given for each in (value if isinstance(value, list) else [value]))
-    if any(isinstance(each, torch.Tensor) for each in tensors):
-        return target(*given, **attributes)
-    with torch.device("meta"):
-        return target(*given, **attributes)
-
-
-def _is_small_result(target: Op, operands: Mapping[str, Any], attributes: Mapping[str, Any]) -> bool:
-    """Say whether an operator's results have few enough entries to compute them while a graph is read."""
-    args = [_argument(target, name, value, lambda v: (v.shape, v.dtype), None) for name, value in operands.items()]
-    try:
-        found = _without_values(target, args, attributes)
-    except NotImplementedError:  # as many as its values say, which are few
-        return True
-    results = found if isinstance(found, list | tuple) else [found]
-    return all(isinstance(r, torch.Tensor) and _is_small(tuple(r.shape), r.dtype) for r in results)
-
-
-def _unmade() -> fx.Node:
-    raise AssertionError("a result without a call")
-
-
-def _varying(target: Op, operands: Mapping[str, Any], result: Found) -> frozenset[int]:
-    """Return the dimensions whose size is a number that varies, whatever it is for the sizes at hand."""
-    name = _SIZED.get(target.key)
-    given = operands[name] if name else None
-    if given is not None and given.entries is not None and given.entries.size == len(result.shape):
-        return frozenset(d for d, entry in enumerate(given.entries) if isinstance(entry, Size))
-    if target.key == "Pad" and operands["pads"].entries is not None and operands.get("axes") is None:
-        rank = len(result.shape)
-        return frozenset(d % rank for d, entry in enumerate(operands["pads"].entries) if isinstance(entry, Size))
-    if target.key == "Range":
-        numbers = [operands[n].entries for n in ("start", "limit", "delta")]
-        return frozenset({0}) if any(n is None or has_size(n) for n in numbers) else frozenset()
-    return frozenset()
-
-
-def _argument(
-    target: Op, name: str, value: Any, tensor: Callable[[Found], Any], graph: fx.Graph | None, *, probe: bool = False
-) -> Any:
-    """Return what stands for an operand in a call: sizes and numbers as such, tensors as ``tensor`` says.
-
-    Without a graph, a number that varies is the one it is for the example inputs, or for those of other sizes.
-    """
-    if value is None:
-        return None
-    if isinstance(value, list):
-        return [None if each is None else tensor(each) for each in value]
-
-    def number(entry: Any) -> Any:
-        if isinstance(entry, Size):
-            return entry.node(graph) if graph is not None else entry.probe if probe else entry.hint
-        return entry
-
-    if value.entries is not None and target.domain == DOMAIN:
-        if name in SIZES.get(target.name, ()):
-            return [number(entry) for entry in value.entries.reshape(-1)]
-        if name in NUMBERS.get(target.name, ()) and value.entries.size == 1:
-            return number(value.entries.reshape(-1)[0])
-    return tensor(value)
-
-
-def _on_meta(argument: Any) -> Any:
-    """Make tensors without values of the types among an operator's arguments."""
-    if isinstance(argument, tuple):
-        shape, dtype = argument
-        return torch.empty(shape, dtype=dtype, device="meta")
-    if isinstance(argument, list):
-        return [_on_meta(each) for each in argument]
-    return argument
-
-
-def _hashable(value: Any) -> Any:
-    """Return something that is equal for equal arguments; None where tensors are among them."""
-    if isinstance(value, list | tuple):
-        parts = tuple(map(_hashable, value))
-        return None if any(p is None and v is not None for p, v in zip(parts, value, strict=True)) else parts
-    if isinstance(value, Mapping):
-        return _hashable([*value.items()])
-    if isinstance(value, torch.Tensor):
-        return None
-    # An absent operand is not the same as none that can be told apart, and 1 not the same as 1.0.
-    return "absent" if value is None else (type(value), value)
-
-
-def _with_outputs(target: Op, attributes: Mapping[str, Any], count: int) -> dict[str, Any]:
-    if count > 1 and target.key != "Split":
-        return {**attributes, "outputs": count}
-    if target.key == "Split" and "num_outputs" not in attributes:
-        return {**attributes, "num_outputs": count}
-    return dict(attributes)
-
-
-def _result_type(name: str, operands: Sequence[Found], attributes: Mapping[str, Any]) -> torch.dtype:
-    if name == "Cast":
-        return TORCH_TYPE[attributes["to"]]
-    if name in ("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Not", "And", "Or"):
-        return torch.bool
-    if name == "ConstantOfShape":
-        return attributes["value"].dtype if "value" in attributes else torch.float32
-    return operands[1 if name == "Where" else 0].dtype
-
-
-def _known(entries: Entries, dtype: torch.dtype) -> Found:
-    return Found("", entries.shape, entries.shape, dtype, _unmade, entries=entries)
-
-
-def _is_small(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    """Say whether a constant's entries are looked at while a graph is read; those of weights are not."""
-    count = math.prod(shape)
-    return count <= 1 or (count <= 8 and len(shape) == 1) if dtype.is_floating_point else count <= LARGEST
-
-
-def _is_tensor(value: Any) -> bool:
-    """Say whether an attribute is a tensor of onnx-graphsurgeon, whose graphs answer for any attribute."""
-    return "_values" in getattr(value, "__dict__", ())
-
-
-def _entries(tensor: torch.Tensor) -> Entries:
-    return _object(tensor.tolist(), tuple(tensor.shape))
-
-
-def _object(value: Any, shape: tuple[int, ...]) -> Entries:
-    made = np.empty(shape, dtype=object)
-    made[...] = value
-    return made
-
-
-def _tensor(entries: Entries, dtype: torch.dtype) -> torch.Tensor:
-    return torch.tensor(entries.tolist(), dtype=dtype).reshape(entries.shape)
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = path.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
-
-
-def _identifier(name: str) -> str:
-    """Return a name for a node: its characters go into code, so that none but letters, digits and _ may stay."""
-    found = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "value"
-    return f"{found}_" if found == "self" else found
-
-
-def _attribute_name(part: str) -> str:
-    """Return a part of a tensor's name as a module can have it, unchanged where that is possible.
-
-    ``torch.fx`` writes it into the code of ``forward`` as it is: after a dot, or between quotes.
-    """
-    if part.isidentifier():
-        plain = not keyword.iskeyword(part) and unicodedata.normalize("NFKC", part) == part
-    else:
-        plain = part.isprintable() and not set(part) & set('"\\{}')
-    if not plain:
-        part = re.sub(r"\W", "_", part, flags=re.ASCII) + "_"
-    return f"{part}_" if part in _reserved() else part
 
 
 def _attribute_of(module: nn.Module, path: str) -> torch.Tensor:
@@ -744,28 +525,3 @@ def _attribute_of(module: nn.Module, path: str) -> torch.Tensor:
         module = module._modules[part]  # type: ignore[assignment]
     found = module._parameters.get(last)
     return found if found is not None else module._buffers[last]  # type: ignore[return-value]
-
-
-def owner_of(node: Any, metadata: Mapping[str, str], weights: Sequence[str] = ()) -> str:
-    """Return the module of the original that called an operator, as far as the exporter wrote it down.
-
-    torch's exporters do: as metadata of the node, or in its name, ``/layer1/layer1.0/conv1/Conv``. Of other files, the
-    names of the tensors it reads may tell, and else the node's own name serves.
-    """
-    scopes = metadata.get("pkg.torch.onnx.name_scopes")
-    if scopes:
-        import ast
-
-        try:
-            found = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError):
-            found = []
-        if isinstance(found, list) and len(found) > 1:
-            return str(found[-2])
-    if node.name.startswith("/"):
-        parts = node.name.split("/")[1:-1]
-        names: list[str] = []
-        for part in parts:  # "blocks" and then "blocks.0" are one step
-            names = [*names[:-1], part] if names and part.startswith(f"{names[-1]}.") else [*names, part]
-        return ".".join(names)
-    return next((name.rpartition(".")[0] for name in weights if "." in name), str(node.name))

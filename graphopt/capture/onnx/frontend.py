@@ -13,10 +13,12 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.onnx import inputs as examples
 from graphopt.capture.onnx.apart import take_apart
-from graphopt.capture.onnx.build import FAILURES, ONNX, Builder, MisfitError, Stored
+from graphopt.capture.onnx.build import Builder
 from graphopt.capture.onnx.files import OnnxFile, load
 from graphopt.capture.onnx.inputs import Input
-from graphopt.dialects.onnx.facts import Facts
+from graphopt.capture.onnx.operands import FAILURES, MisfitError
+from graphopt.capture.onnx.values import Stored
+from graphopt.dialects.onnx.facts import ONNX, Facts
 from graphopt.dialects.onnx.surgeon import graphsurgeon, quiet
 from graphopt.dialects.onnx.types import TORCH_TYPE
 from graphopt.errors import CaptureError, UnsupportedOperatorError
