@@ -47,7 +47,7 @@ app = typer.Typer(
 )
 
 MODEL_HELP: Final = (
-    "A .pt2 file, or package.module:name in the current folder or installed: a model, or a function without arguments "
+    "An .onnx or .pt2 file, or package.module:name in the current folder or installed: a model, or a function without arguments "
     "that returns one, alone or with its example inputs."
 )
 DTYPES: Final = {
