@@ -47,8 +47,8 @@ app = typer.Typer(
 )
 
 MODEL_HELP: Final = (
-    "An .onnx or .pt2 file, or package.module:name in the current folder or installed: a model, or a function without arguments "
-    "that returns one, alone or with its example inputs."
+    "An .onnx or .pt2 file, or package.module:name in the current folder or installed: a model, or a function without "
+    "arguments that returns one, alone or with its example inputs."
 )
 DTYPES: Final = {
     name: getattr(torch, name)

@@ -2,8 +2,8 @@
 
 `onnx_exports.json` says what the exporters refuse, `onnx_coverage.json` what is free in each file. After a change that
 is meant to alter them, write them anew with `python -m tests.zoo.onnx_files` and `python -m tests.zoo.onnx_coverage`,
-and read the difference. Of each model one exporter's file is tested, and of every third the whole of `optimize`; with GRAPHOPT_ZOO_FILES=both,
-all of all.
+and read the difference. Of each model one exporter's file is tested, and of every third the whole of `optimize`; with
+GRAPHOPT_ZOO_FILES=both, all of all.
 """
 
 from __future__ import annotations
