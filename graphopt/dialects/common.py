@@ -12,8 +12,8 @@ from typing import Any
 from torch import fx
 
 from graphopt.axes.algebra import ONE, Axis, concat, leaves
-from graphopt.axes.infer import Atoms, Axes, Faces, Operator, Positions, Resizer, Typer, Value, Zeros
-from graphopt.axes.rules import Window, broadcast, is_boundary
+from graphopt.axes.infer import NO_FACES, Atoms, Axes, Faces, Operator, Positions, Resizer, Typer, Value, Zeros
+from graphopt.axes.rules import Contraction, Window, broadcast, einsum, is_boundary
 from graphopt.graph import SPEC, Call, TensorSpec, hint, spec_of
 
 # -- reading arguments -----------------------------------------------------------------------------------------------
@@ -370,3 +370,44 @@ def repeated(t: Typer, call: Call, out: Axes, counts: Axes, given: int) -> Axes:
             t.freeze(count, "a dynamic size")
     t.facts[call.node] = counts[len(counts) - given :]
     return out
+
+
+# -- sums by letters, and entries by data -----------------------------------------------------------------------------
+
+
+def einsum_of(operands: str) -> Operator:
+    """Return the entry of an einsum whose argument of this name lists the tensors."""
+
+    def type_(t: Typer, call: Call) -> Value:
+        tensors = call[operands]
+        axes = [t[n] for n in tensors]
+        out, summed = einsum(t, Contraction.parse(call["equation"], [len(a) for a in axes]), axes)
+        for axis, holders in summed:
+            t.contract(axis, *(tensors[i] for i in holders))
+        return out
+
+    def zeros(z: Zeros, call: Call) -> Atoms:
+        tensors = call[operands]
+        contraction = Contraction.parse(call["equation"], [len(z.axes(n)) for n in tensors])
+        found = NO_FACES
+        for tensor, term in zip(tensors, contraction.terms, strict=True):
+            places = (contraction.result.find(letter) for letter in term)
+            found |= z.at(call.node, tensor, [place if place >= 0 else None for place in places])
+        return z.where(call.node, found)
+
+    return Operator(type_, zeros)
+
+
+def gather_along(t: Typer, source: Any, indices: Any, dim: int, why: str) -> Axes:
+    """Type entries that move along ``dim``; along the others index and source must agree where they are whole."""
+    x, index = t[source], t[indices]
+    dim %= len(x)
+    t.address(x[dim], indices, why)
+    for d, (a, b) in enumerate(zip(x, index, strict=True)):
+        if d != dim and a.size == b.size:
+            t.unify(a, b)
+        elif d != dim:
+            t.freeze(a, why)
+            t.freeze(b, why)
+    t.freeze(index[dim], why)
+    return index

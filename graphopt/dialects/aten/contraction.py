@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from graphopt.axes.algebra import ONE
-from graphopt.axes.infer import NO_FACES, Atoms, Operator, Resizer, Typer, Value, Zeros
-from graphopt.axes.rules import Contraction, attention, broadcast, convolution, einsum, linear, matmul
+from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
+from graphopt.axes.rules import attention, broadcast, convolution, linear, matmul
 from graphopt.dialects.aten.common import table
-from graphopt.dialects.common import faces_of_matmul, mark_attention, operands, optional
+from graphopt.dialects.common import einsum_of, faces_of_matmul, mark_attention, operands, optional
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -95,25 +95,6 @@ def _addmm(t: Typer, call: Call) -> Value:
 def _zeros_of_addmm(z: Zeros, call: Call) -> Atoms:
     bias, first, second = operands(call)
     return z.where(call.node, z.at(call.node, bias) & faces_of_matmul(z, call.node, first, second))
-
-
-def _einsum(t: Typer, call: Call) -> Value:
-    tensors = call["tensors"]
-    axes = [t[n] for n in tensors]
-    out, summed = einsum(t, Contraction.parse(call["equation"], [len(a) for a in axes]), axes)
-    for axis, holders in summed:
-        t.contract(axis, *(tensors[i] for i in holders))
-    return out
-
-
-def _zeros_of_einsum(z: Zeros, call: Call) -> Atoms:
-    tensors = call["tensors"]
-    contraction = Contraction.parse(call["equation"], [len(z.axes(n)) for n in tensors])
-    found = NO_FACES
-    for tensor, term in zip(tensors, contraction.terms, strict=True):
-        places = (contraction.result.find(letter) for letter in term)
-        found |= z.at(call.node, tensor, [place if place >= 0 else None for place in places])
-    return z.where(call.node, found)
 
 
 def _attention(t: Typer, call: Call) -> Value:
@@ -224,7 +205,7 @@ OPERATORS: dict[Any, Operator] = {
         _PRODUCT, "matmul.default", "mm.default", "bmm.default", "mv.default", "dot.default", "linalg_matmul.default"
     ),
     **table(_SUM_OF_PRODUCT, "addmm.default", "baddbmm.default", "addmv.default"),
-    aten.einsum.default: Operator(_einsum, _zeros_of_einsum),
+    aten.einsum.default: einsum_of("tensors"),
     aten.scaled_dot_product_attention.default: Operator(_attention, _zeros_of_attention, _resize_attention),
     **table(Operator(_outer, _zeros_of_outer), "outer.default", "ger.default"),
     aten.bilinear.default: Operator(_bilinear, _zeros_of_bilinear),

@@ -11,7 +11,7 @@ from graphopt.axes.algebra import Axis, leaves
 from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import broadcast, one_hot
 from graphopt.dialects.aten.common import table
-from graphopt.dialects.common import freeze_operands, frozen, no_positions, same_positions, zeros_of_first
+from graphopt.dialects.common import freeze_operands, frozen, gather_along, no_positions, same_positions, zeros_of_first
 from graphopt.graph import Call, spec_of
 
 aten = torch.ops.aten
@@ -66,17 +66,7 @@ def _index_select(t: Typer, call: Call) -> Value:
 
 def _gather(t: Typer, call: Call) -> Value:
     """Entries move along ``dim``; along the other dimensions index and source must agree where they are whole."""
-    x, index = t[call["self"]], t[call["index"]]
-    dim = call["dim"] % len(x)
-    t.address(x[dim], call["index"], _WHY)
-    for d, (a, b) in enumerate(zip(x, index, strict=True)):
-        if d != dim and a.size == b.size:
-            t.unify(a, b)
-        elif d != dim:
-            t.freeze(a, _WHY)
-            t.freeze(b, _WHY)
-    t.freeze(index[dim], _WHY)
-    return index
+    return gather_along(t, call["self"], call["index"], call["dim"], _WHY)
 
 
 def _take_along(t: Typer, call: Call) -> Value:

@@ -8,8 +8,8 @@ from torch import fx
 
 from graphopt.axes.algebra import ONE, Axis
 from graphopt.axes.infer import NO_ATOMS, NO_FACES, Atoms, Axes, Operator, Resizer, Typer, Value, Zeros
-from graphopt.axes.rules import Contraction, broadcast, convolution, einsum, matmul
-from graphopt.dialects.common import faces_of_matmul, frozen, mark_attention, optional
+from graphopt.axes.rules import broadcast, convolution, matmul
+from graphopt.dialects.common import einsum_of, faces_of_matmul, frozen, mark_attention, optional
 from graphopt.dialects.onnx.common import microsoft, rank_of, table, vector
 from graphopt.graph import Call
 
@@ -91,25 +91,6 @@ def _zeros_of_fused_matmul(z: Zeros, call: Call) -> Atoms:
             place[dim] = rank - own + position
         place[order[-1] if side == "A" else order[-2]] = None
         found |= z.at(call.node, call[side], place)
-    return z.where(call.node, found)
-
-
-def _einsum(t: Typer, call: Call) -> Value:
-    tensors = call["Inputs"]
-    axes = [t[n] for n in tensors]
-    out, summed = einsum(t, Contraction.parse(call["equation"], [len(a) for a in axes]), axes)
-    for axis, holders in summed:
-        t.contract(axis, *(tensors[i] for i in holders))
-    return out
-
-
-def _zeros_of_einsum(z: Zeros, call: Call) -> Atoms:
-    tensors = call["Inputs"]
-    contraction = Contraction.parse(call["equation"], [len(z.axes(n)) for n in tensors])
-    found = NO_FACES
-    for tensor, term in zip(tensors, contraction.terms, strict=True):
-        places = (contraction.result.find(letter) for letter in term)
-        found |= z.at(call.node, tensor, [place if place >= 0 else None for place in places])
     return z.where(call.node, found)
 
 
@@ -265,7 +246,7 @@ _RECURRENT = frozen("a recurrent layer packs gates, directions and layers into o
 ENTRIES: dict[str, Operator] = {
     "MatMul": Operator(_matmul, _zeros_of_matmul),
     "Gemm": Operator(_gemm, _zeros_of_gemm),
-    "Einsum": Operator(_einsum, _zeros_of_einsum),
+    "Einsum": einsum_of("Inputs"),
     **microsoft(Operator(_gemm, _zeros_of_gemm), "FusedGemm"),
     **microsoft(_PRODUCT, "FusedMatMul", "TransposeMatMul", "FusedMatMulActivation"),
     **table(_CONV, "Conv", "ConvTranspose"),

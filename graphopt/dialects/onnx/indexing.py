@@ -5,7 +5,15 @@ from __future__ import annotations
 from graphopt.axes.algebra import Axis, leaves
 from graphopt.axes.infer import Atoms, Operator, Resizer, Typer, Value, Zeros
 from graphopt.axes.rules import drop, one_hot
-from graphopt.dialects.common import freeze_operands, frozen, no_positions, opaque, same_positions, zeros_of_first
+from graphopt.dialects.common import (
+    freeze_operands,
+    frozen,
+    gather_along,
+    no_positions,
+    opaque,
+    same_positions,
+    zeros_of_first,
+)
 from graphopt.dialects.onnx.common import constant, table
 from graphopt.graph import Call
 
@@ -34,17 +42,7 @@ def _zeros_of_gather(z: Zeros, call: Call) -> Atoms:
 
 def _gather_elements(t: Typer, call: Call) -> Value:
     """Entries move along ``axis``; along the other dimensions index and source must agree where they are whole."""
-    x, index = t[call["data"]], t[call["indices"]]
-    dim = call["axis"] % len(x)
-    t.address(x[dim], call["indices"], _WHY)
-    for d, (a, b) in enumerate(zip(x, index, strict=True)):
-        if d != dim and a.size == b.size:
-            t.unify(a, b)
-        elif d != dim:
-            t.freeze(a, _WHY)
-            t.freeze(b, _WHY)
-    t.freeze(index[dim], _WHY)
-    return index
+    return gather_along(t, call["data"], call["indices"], call["axis"], _WHY)
 
 
 def _gather_nd(t: Typer, call: Call) -> Value:

@@ -55,8 +55,6 @@ _NUMPY: Final = frozenset(
     {torch.float16, torch.float32, torch.float64, torch.bool}
     | {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 )
-_LARGEST: Final = (1 << 31) - (1 << 26)
-"""Bytes of weights that a model in memory may have, with room for its nodes."""
 _FAILURES: Final = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException")
 
 
@@ -71,9 +69,6 @@ def session(graph: Graph) -> Any:
     """Make a session of a graph; its kernels run the operators one by one, as they are written."""
     import onnxruntime
 
-    weight_bytes = sum(t.numel() * t.element_size() for t in graph.module.state_dict().values())
-    if weight_bytes > _LARGEST:
-        raise LoweringError(f"{weight_bytes} bytes of weights do not fit in one message of protocol buffers")
     model = to_proto(graph)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
